@@ -1,0 +1,74 @@
+"""Seeds, devices and checkpoint files."""
+
+import io
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import UserError, atomic_path
+
+
+def draw_seed():
+    """Return a seed that was never asked for, to be recorded."""
+    return int.from_bytes(os.urandom(4), "little") % (2**31 - 1) + 1
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def resolve_device(name, gpu_id=0):
+    """Return the torch device for `auto`, `cpu` or `cuda`. Raises UserError where there is no such GPU."""
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if gpu_id >= torch.cuda.device_count():
+        raise UserError(f"--device cuda --gpu_id {gpu_id}: torch sees {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", gpu_id)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint dict atomically. Raises UserError where it cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load_checkpoint(path, needed=("state_dict", "model_param")):
+    """Read a checkpoint dict on the CPU; nothing in the file is executed.
+
+    Raises UserError where the file is missing, damaged, not a checkpoint, or wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} not found: train first, or name a checkpoint that exists")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no checkpoint, or holds more than weights and was refused unread"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OSError,
+    ) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0][:80]}): copy or train it again"
+        ) from error
+    absent = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if absent:
+        raise UserError(f"{path} is no checkpoint of this network: it has no {' and no '.join(absent)}")
+    return checkpoint

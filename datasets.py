@@ -1,0 +1,552 @@
+"""The four depth-hand data sets: loaders that crop around the hand centre."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from frames import FrameError, LineFile, parse_numbers, read_bytes, read_png
+from model import grid_position, on_grid, spatial_form
+from transforms import (
+    Augmentation,
+    Camera,
+    Frame,
+    augment_image,
+    augment_joints,
+    box_size_px,
+    center_of_mass,
+    crop_hand,
+    cut_bounding_box,
+    draw_augmentation,
+    joints_to_crop,
+    recover_uvd,
+    resize,
+    uvd2xyz,
+    window_around,
+    xyz2uvd,
+)
+from utils import UserError
+
+MIN_HAND_PIXELS = 10
+
+# About the length of a finger: a label that far from all that was measured belongs to no hand here.
+MAX_OFF_HAND_MM = 75
+
+# A frame is judged on the published grid, so that its use does not depend on the network's size.
+USABLE_GRID = 64
+
+# Far beyond any picture (px) or working distance (mm).
+MAX_CENTER = 1e5
+
+
+class Sample(NamedTuple):
+    """One crop, or a batch of them with a leading dimension; depths are over the cube, relative to com.
+
+    img [1, S, S]; label_img and mask [1, L, L]; box_size px and cube_size mm: scalars; com [3]:
+    (column, row, depth mm); uvd [J, 3] normalised; heatmaps and depthmaps [J, L, L].
+    """
+
+    img: torch.Tensor
+    label_img: torch.Tensor
+    mask: torch.Tensor
+    box_size: torch.Tensor
+    cube_size: torch.Tensor
+    com: torch.Tensor
+    uvd: torch.Tensor
+    heatmaps: torch.Tensor
+    depthmaps: torch.Tensor
+
+
+class UnlabelledSample(NamedTuple):
+    """The first six fields of a Sample: what is known without labels."""
+
+    img: torch.Tensor
+    label_img: torch.Tensor
+    mask: torch.Tensor
+    box_size: torch.Tensor
+    cube_size: torch.Tensor
+    com: torch.Tensor
+
+
+class HandDataset(Dataset):
+    """A split of a data set; a subclass says what its files, camera and joints are.
+
+    Keywords keep the published names: `fx, fy, halfu, halfv` are the camera (px), `path` the data
+    set's own folder, `sigmoid` and `kernel_size` the heatmaps' blur, `image_size` and `label_size`
+    the sizes of crop and maps (px), `cube_size` half the edge of the hand's cube (mm), `dataset`
+    the split, `process_mode` `uvd` (centre file) or `bb` (bounding box; HAND17's test split).
+    `test_only` drops the labels; `targets=False` leaves heatmaps and depthmaps empty, for a caller
+    that makes them with `model.spatial_form`. `lines` replaces the index file.
+
+    Opens the index and no image. Raises UserError where the index is missing.
+    """
+
+    name = ""
+    camera = Camera(1, 1, 0, 0)
+    image_size_px = (0, 0)  # width, height
+    cube_mm = 0.0
+    margin_mm = None  # how much narrower than the cube the pre-crop is; None: there is none
+    joint_number = 0
+    config = []  # joint indices from the palm outwards: thumb, index, middle, ring, little, palm
+    labels_frame = "uvd"
+    suffix = ".png"
+    path_parts = 2  # of an index line's path, those below the data set's folder
+    process_modes = ("uvd",)
+
+    def __init__(
+        self,
+        *,
+        fx=None,
+        fy=None,
+        halfu=None,
+        halfv=None,
+        path=None,
+        sigmoid=1.5,
+        image_size=128,
+        kernel_size=7,
+        label_size=64,
+        test_only=False,
+        using_rotation=True,
+        using_scale=True,
+        using_shift=True,
+        using_flip=False,
+        cube_size=None,
+        joint_number=None,
+        dataset="train",
+        process_mode="uvd",
+        targets=True,
+        lines=None,
+    ):
+        if dataset not in ("train", "val", "test"):
+            raise UserError(f"dataset must be train, val or test, not {dataset!r}")
+        if process_mode not in self.process_modes or process_mode == "bb" and dataset != "test":
+            raise UserError(f"{self.name} {dataset} has no process_mode {process_mode!r}")
+        given = zip((fx, fy, halfu, halfv), self.camera)
+        self.camera = Camera(*(default if value is None else value for value, default in given))
+        self.root = Path("Data", self.name) if path is None else Path(path)
+        self.sigmoid, self.kernel_size = sigmoid, kernel_size
+        self.image_size, self.label_size = image_size, label_size
+        self.test_only, self.targets = test_only, targets
+        self.using = dict(
+            rotation=bool(using_rotation),
+            scale=bool(using_scale),
+            shift=bool(using_shift),
+            flip=bool(using_flip),
+        )
+        self.cube_size = self.cube_mm if cube_size is None else cube_size
+        self.joint_number = self.joint_number if joint_number is None else joint_number
+        self.split, self.process_mode = dataset, process_mode
+        self.lines = self._open_index() if lines is None else lines
+
+    def _open_index(self):
+        path = self.root / self.index_name()
+        if not path.is_file():
+            where = "" if self.root == Path("Data", self.name) else f" --data_dir {self.root}"
+            raise UserError(
+                f"{path} not found: run `python check_dataset.py --dataset {self.name}{where}` first"
+            )
+        return LineFile(path, skip_blank=True)
+
+    def index_name(self):
+        """Return the name of this split's index file."""
+        return f"{self.split}.txt"
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, key):
+        """Return a sample; `key` is an index, or (index, seed) to fix the augmentation's draw.
+
+        A bare index draws its seed from torch's global generator, which every DataLoader worker
+        seeds anew each epoch.
+        """
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        if self.split != "train" or self.test_only or not any(self.using.values()):
+            return self.sample(index)
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        return self.sample(index, draw_augmentation(np.random.default_rng(seed), **self.using))
+
+    def sample(self, index, augmentation=None):
+        """Return the Sample (UnlabelledSample with `test_only`) of frame `index` for one Augmentation.
+
+        The plain sample is returned where an augmented joint leaves the heatmap grid.
+        Raises FrameError where the frame cannot be used.
+        """
+        augmentation = augmentation or Augmentation()
+        frame, center_uvd, window = self.locate(index)
+        cube_mm = self.cube_of(index)
+        box_px = self._box(index, center_uvd, cube_mm)
+        shift_u, shift_v = augmentation.shift_px
+        com = np.array([int(center_uvd[0] + shift_u), int(center_uvd[1] + shift_v), center_uvd[2]])
+
+        uvd = None
+        if not self.test_only:
+            uvd = augment_joints(
+                joints_to_crop(self.joints_uvd(index), com, box_px, self.image_size), augmentation
+            )
+            uvd = uvd / (self.image_size - 1, self.image_size - 1, cube_mm)
+            if augmentation != Augmentation() and not self._inside(uvd, self.label_size):
+                return self.sample(index)
+            if augmentation == Augmentation() and not self._inside(uvd, USABLE_GRID):
+                raise FrameError(self.frame_path(index), "a joint lies outside the heatmap grid")
+
+        image = resize(crop_hand(frame, com, box_px, cube_mm, window), self.image_size)
+        image = augment_image(image, augmentation)
+        label_image = resize(image, self.label_size)
+        known = UnlabelledSample(
+            _picture(image / np.float32(cube_mm)),
+            _picture(label_image / np.float32(cube_mm)),
+            _picture((label_image != 0).astype(np.float32)),
+            torch.tensor(float(box_px)),
+            torch.tensor(float(cube_mm)),
+            torch.tensor(com, dtype=torch.float32),
+        )
+        return known if self.test_only else self._with_targets(known, torch.tensor(uvd, dtype=torch.float32))
+
+    def _with_targets(self, known, uvd):
+        maps = torch.empty(2, 0)
+        if self.targets:
+            maps = torch.cat(
+                spatial_form(
+                    uvd[None], known.label_img[None], known.mask[None], self.kernel_size, self.sigmoid
+                )
+            )
+        return Sample(*known, uvd, *maps)
+
+    @staticmethod
+    def _inside(uvd, grid_size):
+        return bool(on_grid(torch.from_numpy(uvd[:, :2]), grid_size).all())
+
+    def _box(self, index, center_uvd, cube_mm):
+        try:
+            return box_size_px(center_uvd[2], cube_mm, self.camera)
+        except ValueError as error:
+            raise FrameError(self.frame_path(index), str(error)) from None
+
+    def locate(self, index):
+        """Return a frame, its hand's centre (uvd) and the window (Rect or None) that is not zeroed."""
+        frame = self.read(index)
+        if self.margin_mm is None:
+            return frame, self._center_of_mass(index, frame), None
+        center_uvd = self.center_uvd(index)
+        self._box(index, center_uvd, self.cube_of(index))
+        return frame, center_uvd, window_around(center_uvd, self.cube_of(index) - self.margin_mm, self.camera)
+
+    def _center_of_mass(self, index, frame):
+        try:
+            return center_of_mass(frame)
+        except ValueError as error:
+            raise FrameError(self.frame_path(index), str(error)) from None
+
+    def refusal(self, index):
+        """Return why frame `index` cannot be used, or None where it can."""
+        try:
+            sample = self.sample(index)
+        except FrameError as error:
+            return error.reason
+        background = (sample.mask[0] == 0).numpy().astype(np.uint8)
+        if background.size - background.sum() < MIN_HAND_PIXELS:
+            return f"fewer than {MIN_HAND_PIXELS} hand pixels in the crop"
+        if not self.test_only:
+            columns, rows = grid_position(sample.uvd[:, :2], self.label_size).round().long().T
+            off_mm = (
+                cv2.distanceTransform(background, cv2.DIST_L2, 5)
+                * 2
+                * self.cube_of(index)
+                / (self.label_size - 1)
+            )
+            if (
+                off_mm[rows.clamp(0, self.label_size - 1), columns.clamp(0, self.label_size - 1)].max()
+                > MAX_OFF_HAND_MM
+            ):
+                return f"a joint lies outside the hand, over {MAX_OFF_HAND_MM} mm from every hand pixel"
+        return None
+
+    def frame_path(self, index):
+        """Return where frame `index` lies; of the index line's path only the data set's part is used."""
+        return self._resolve(self._fields(index)[0])
+
+    def _resolve(self, path_text):
+        return self.root.joinpath(*path_text.split("/")[-self.path_parts :])
+
+    def _fields(self, index):
+        """Split an index line into its path and the text of its numbers."""
+        path_text, suffix, numbers = self.lines[index].rpartition(self.suffix)
+        if not suffix:
+            raise FrameError(
+                f"{self.root / self.index_name()} line {index + 1}", f"names no {self.suffix} file"
+            )
+        return path_text + suffix, numbers
+
+    def joints(self, index):
+        """Return the labels of frame `index`, [J, 3], uvd or (MSRA, HAND17) xyz in mm."""
+        numbers = parse_numbers(
+            self._fields(index)[1], 3 * self.joint_number, self.frame_path(index), "the label"
+        )
+        return numbers.reshape(-1, 3)
+
+    def joints_uvd(self, index):
+        """Return the labels of frame `index`, [J, 3], uvd."""
+        joints = self.joints(index)
+        if self.labels_frame == "uvd":
+            return joints
+        if (joints[:, 2] <= 0).any():
+            raise FrameError(self.frame_path(index), "the label has a joint behind the camera")
+        return self.xyz2uvd(joints)
+
+    def cube_of(self, index):
+        """Return half the edge of the cube around the hand of frame `index`, mm."""
+        return float(self.cube_size)
+
+    def read(self, index):
+        """Decode frame `index` to a Frame in mm. Raises FrameError."""
+        path = self.frame_path(index)
+        return Frame(self._checked(path, self.decode(path)))
+
+    def decode(self, path):
+        """Return a frame's depth, uint16 [H, W] mm, as its file holds it."""
+        return read_png(path)
+
+    def _checked(self, path, depth):
+        width, height = self.image_size_px
+        if depth.dtype != np.uint16 or depth.ndim != 2:
+            raise FrameError(path, f"expected a 16-bit depth picture, found {depth.dtype} {depth.shape}")
+        if depth.shape != (height, width):
+            raise FrameError(path, f"expected {width}x{height} px, found {depth.shape[1]}x{depth.shape[0]}")
+        return depth
+
+    def center_uvd(self, index):
+        """Return the centre file's uvd for frame `index`. Raises FrameError where it has none."""
+        frame, line = self.frame_path(index), self.center_line(index)
+        if line is None or not 0 <= line < len(self._center_files[0]):
+            raise FrameError(frame, "the centre file has no line for this frame")
+        center_uvd = parse_numbers(self._center_files[0][line], 3, frame, "the centre")
+        if center_uvd[2] <= 0 or np.abs(center_uvd).max() > MAX_CENTER:
+            raise FrameError(frame, "the centre is impossible: {:g} {:g} {:g}".format(*center_uvd))
+        return center_uvd
+
+    def center_files(self, computed):
+        """Return the files that give this split's centres: those that others distribute, or computed ones."""
+        split = "train" if self._trains() else "test"
+        return [self.root / f"{self.center_prefix}_center_{split}{'_computed' if computed else ''}.txt"]
+
+    @cached_property
+    def _center_files(self):
+        for computed in (False, True):
+            files = self.center_files(computed)
+            if all(path.is_file() for path in files):
+                return [LineFile(path) for path in files]
+        missing = next(path for path in self.center_files(computed=False) if not path.is_file())
+        raise UserError(
+            f"{missing} not found: put it there, or run `python check_dataset.py --dataset {self.name}"
+            " --force`, which computes centres from the frames"
+        )
+
+    def _trains(self):
+        return self.split == "train"
+
+    def center_line(self, index):
+        """Return the zero-based line of the centre file for frame `index`."""
+        return self.number(index) - 1
+
+    def number(self, index):
+        """Return the number in the name of frame `index`."""
+        path = self.frame_path(index)
+        digits = path.stem.rpartition("_")[2].lstrip("D")
+        if not digits.isdecimal():
+            raise FrameError(path, "the name holds no frame number")
+        return int(digits)
+
+    def xyz2uvd(self, xyz):
+        """Project camera-frame mm [..., 3] to (column px, row px, depth mm)."""
+        return xyz2uvd(xyz, self.camera)
+
+    def uvd2xyz(self, uvd):
+        """Back-project (column px, row px, depth mm) [..., 3] to camera-frame mm."""
+        return uvd2xyz(uvd, self.camera)
+
+    def recover_uvd(self, uvd, batch):
+        """Turn normalised joints [B, J, 3] of a batch into (column px, row px, depth mm) of the frames."""
+        return recover_uvd(uvd, batch.box_size, batch.cube_size, batch.com)
+
+
+def _picture(image):
+    return torch.from_numpy(np.ascontiguousarray(image, np.float32))[None]
+
+
+class NYUDataset(HandDataset):
+    """NYU Hand Pose (Tompson et al. 2014): camera 0, 14 of the 36 joints."""
+
+    name = "NYU"
+    camera = Camera(588.037, 587.075, 320, 240)
+    image_size_px = (640, 480)
+    cube_mm = 150.0
+    margin_mm = 40.0
+    joint_number = 14
+    config = [[13, 10, 9, 8], [13, 1, 0], [13, 3, 2], [13, 5, 4], [13, 7, 6], [11, 13, 12]]
+    center_prefix = "nyu"
+    # The second test person, whose hand is smaller, starts at 2441; the published programs are
+    # one frame late, and parity needs that.
+    late_after, late_cube_mm = 2441, 125.0
+
+    def cube_of(self, index):
+        """Return half the cube's edge, mm: smaller for the second test person."""
+        late = self.split != "train" and self.number(index) > self.late_after
+        return self.late_cube_mm if late else float(self.cube_size)
+
+    def decode(self, path):
+        """Return depth = 256 * green + blue as a uint16 [H, W] view of the decoded picture."""
+        image = read_png(path)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise FrameError(path, f"expected an 8-bit RGB picture, found {image.dtype} {image.shape}")
+        # Blue and green lie side by side in memory: together they are the little-endian depth.
+        height, width = image.shape[:2]
+        return np.ndarray((height, width), "<u2", image, strides=image.strides[:2])
+
+
+class ICVLDataset(HandDataset):
+    """ICVL (Tang et al. 2014): 16 joints, the unrotated training frames."""
+
+    name = "ICVL"
+    camera = Camera(241.42, 241.42, 160, 120)
+    image_size_px = (320, 240)
+    cube_mm = 125.0
+    margin_mm = 30.0
+    joint_number = 16
+    config = [[0, 1, 2, 3], [0, 4, 5, 6], [0, 7, 8, 9], [0, 10, 11, 12], [0, 13, 14, 15]]
+    path_parts = 4
+    center_prefix = "icvl"
+    first_sequence = 702
+
+    def center_line(self, index):
+        """Return the centre's line: listed by path in training, by image number in the two test sequences."""
+        if self._trains():
+            return self._train_lines.get("/".join(self.frame_path(index).parts[-2:]))
+        late = self.frame_path(index).parent.name == "test_seq_2"
+        return self.number(index) + (self.first_sequence if late else 0)
+
+    def center_files(self, computed):
+        """Return the centre file; in training also the list of its frames, without which it is of no use."""
+        files = super().center_files(computed)
+        return files + [self.root / f"icvl_train_list{'_computed' if computed else ''}.txt"] * self._trains()
+
+    @cached_property
+    def _train_lines(self):
+        lines = {}
+        for number, path in enumerate(self._center_files[1]):
+            lines.setdefault(path, number)
+        return lines
+
+
+class MSRADataset(HandDataset):
+    """MSRA (Sun et al. 2015): nine subjects, one held out; 21 joints; the hand already cut out."""
+
+    name = "MSRA"
+    camera = Camera(241.42, 241.42, 160, 120)
+    image_size_px = (320, 240)
+    cube_mm = 125.0
+    joint_number = 21
+    config = [[0, 17, 18, 19, 20], [0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [0, 9, 10, 11, 12], [0, 13, 14, 15, 16]]
+    labels_frame = "xyz"
+    suffix = ".bin"
+    path_parts = 3
+    subjects = 9
+
+    def __init__(self, *, subject=0, **options):
+        if not (isinstance(subject, int) and 0 <= subject < self.subjects):
+            raise UserError(f"subject must be 0 to {self.subjects - 1}, not {subject!r}")
+        self.subject = subject
+        super().__init__(**options)
+
+    def index_name(self):
+        """Return the name of this split's index file for the held-out subject."""
+        return f"{self.split}_{self.subject}.txt"
+
+    def read(self, index):
+        """Decode the rectangle that the file holds; the rest of the picture is zero."""
+        path = self.frame_path(index)
+        data = read_bytes(path)
+        if len(data) < 24:
+            raise FrameError(path, f"the header needs 24 bytes, the file has {len(data)}")
+        width, height, left, top, right, bottom = (int(n) for n in np.frombuffer(data, "<i4", 6))
+        if (width, height) != self.image_size_px:
+            raise FrameError(path, f"expected {self.image_size_px} px, the header says {(width, height)}")
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise FrameError(
+                path, f"the header's rectangle {(left, top, right, bottom)} reaches beyond the picture"
+            )
+        count = (right - left) * (bottom - top)
+        if len(data) != 24 + 4 * count:
+            raise FrameError(
+                path, f"the header promises {count} depths, the file holds {(len(data) - 24) / 4:g}"
+            )
+        depth = np.frombuffer(data, "<f4", offset=24).reshape(bottom - top, right - left)
+        if not (np.isfinite(depth).all() and (depth >= 0).all()):
+            raise FrameError(path, "a depth is negative or not finite")
+        return Frame(depth, left, top)
+
+
+class HAND17Dataset(HandDataset):
+    """HANDS 2017 frame-based task (Yuan et al. 2017): 21 joints, no test labels."""
+
+    name = "HAND17"
+    camera = Camera(475.065948, 475.065857, 315.944855, 245.287079)
+    image_size_px = (640, 480)
+    cube_mm = 150.0
+    margin_mm = 40.0
+    joint_number = 21
+    config = [[0, 1, 6, 7, 8], [0, 2, 9, 10, 11], [0, 3, 12, 13, 14], [0, 4, 15, 16, 17], [0, 5, 18, 19, 20]]
+    labels_frame = "xyz"
+    center_prefix = "hands17"
+    process_modes = ("uvd", "bb")
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        if self.split == "test" and not self.test_only:
+            raise UserError(
+                "HAND17's test frames have no labels: construct the test split with test_only=True"
+            )
+
+    def _resolve(self, path_text):
+        return self.root / ("frame" if self.split == "test" else "training") / "images" / path_text
+
+    def _trains(self):
+        return self.split != "test"
+
+    def locate(self, index):
+        """Return frame, centre and window; in `bb` mode the centre of mass inside the bounding box."""
+        if self.process_mode == "uvd":
+            return super().locate(index)
+        path = self.frame_path(index)
+        bbox = parse_numbers(self._fields(index)[1], 4, path, "the bounding box")
+        try:
+            frame = cut_bounding_box(self.read(index), bbox)
+            return frame, center_of_mass(frame), None
+        except ValueError as error:
+            raise FrameError(path, str(error)) from None
+
+
+DATASETS = {cls.name: cls for cls in (NYUDataset, ICVLDataset, MSRADataset, HAND17Dataset)}
+
+
+def test_labels_uvd(name, data_dir=None, subject=None):
+    """Return the labels [N, J, 3] of a data set's test split, uvd, in the order of its result file.
+
+    MSRA without a `subject` is all nine in order. Raises UserError where the index is missing, a
+    label is damaged, or (HAND17) the data set has no test labels.
+    """
+    if name == "HAND17":
+        raise UserError("HAND17's test frames have no labels: give a file with --labels")
+    folds = [{}]
+    if name == "MSRA":
+        folds = [{"subject": s} for s in (range(MSRADataset.subjects) if subject is None else [subject])]
+    labels = []
+    for fold in folds:
+        frames = DATASETS[name](path=data_dir, dataset="test", test_only=True, **fold)
+        labels += [frames.joints_uvd(index) for index in range(len(frames))]
+    return np.stack(labels)

@@ -1,0 +1,97 @@
+"""Reading index lines and depth frames; what is wrong with one is said in a FrameError."""
+
+import mmap
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from utils import UserError
+
+
+class FrameError(UserError):
+    """A frame that cannot be used; `frame` names it and `reason` says why."""
+
+    def __init__(self, frame, reason):
+        super().__init__(f"{frame}: {reason}")
+        self.frame, self.reason = str(frame), reason
+
+    def __reduce__(self):
+        return FrameError, (self.frame, self.reason)
+
+
+class LineFile:
+    """The lines of a text file, read on demand from a memory map.
+
+    A million lines cost eight bytes each, shared pages aside, and a worker that is handed a
+    LineFile opens the map anew. Raises UserError where the file is missing or empty.
+    """
+
+    def __init__(self, path, skip_blank=False):
+        self.path, self.skip_blank = Path(path), skip_blank
+        try:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise UserError(f"{path} is empty: replace it or build it again") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        newlines = [
+            at + np.flatnonzero(np.frombuffer(self._map[at : at + (1 << 24)], np.uint8) == ord("\n"))
+            for at in range(0, len(self._map), 1 << 24)
+        ]
+        ends = np.concatenate([*newlines, [len(self._map)]])
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        # A last newline ends a line and begins none; one byte or none is a blank (or "\r") line.
+        keep = ends - starts > 1 if skip_blank else starts < len(self._map)
+        self._spans = np.stack([starts, ends], axis=1)[keep]
+
+    def __len__(self):
+        return len(self._spans)
+
+    def __getitem__(self, index):
+        start, end = self._spans[index]
+        return self._map[start:end].decode("utf-8", "replace").strip()
+
+    def __reduce__(self):
+        return LineFile, (self.path, self.skip_blank)
+
+
+def read_png(path):
+    """Decode a PNG as it is stored: [H, W] or [H, W, 3] (blue, green, red).
+
+    Raises FrameError where the file is missing, empty, cut short or no picture.
+    """
+    data = read_bytes(path)
+    if b"IEND" not in data[-16:]:
+        raise FrameError(path, "the PNG is cut short or is no PNG")
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise FrameError(path, "the PNG does not decode")
+    return image
+
+
+def read_bytes(path):
+    """Return the bytes of a frame's file; FrameError where it is missing, unreadable or empty."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FrameError(path, "the file is missing") from None
+    except OSError as error:
+        raise FrameError(path, f"the file cannot be read: {error.strerror}") from error
+    if not data:
+        raise FrameError(path, "the file is empty")
+    return data
+
+
+def parse_numbers(text, count, frame, what):
+    """Return `count` finite numbers from blank-separated text; FrameError where there are not."""
+    try:
+        numbers = np.array(text.split(), np.float64)
+    except ValueError:
+        raise FrameError(frame, f"{what} is not numbers: {text[:40]!r}") from None
+    if len(numbers) != count:
+        raise FrameError(frame, f"{what} has {len(numbers)} numbers, expected {count}")
+    if not np.isfinite(numbers).all():
+        raise FrameError(frame, f"{what} has a number that is not finite")
+    return numbers

@@ -1,0 +1,142 @@
+"""Command-line options of training and testing, with defaults from YAML."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from datasets import DATASETS, MSRADataset
+from utils import UserError
+
+
+def parse_train(description, argv=None, subject=False):
+    """Parse the options of train.py, or with `subject` of train_msra.py.
+
+    Defaults may come from `--config FILE.yml`; the command line wins over them.
+    Raises UserError for an unreadable configuration or a value out of range.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    _add_data(parser, subject)
+    group = parser.add_argument_group("data")
+    group.add_argument("--kernel_size", type=int, default=7, help="width of the heatmaps' blur, px")
+    group.add_argument("--sigmoid", type=float, default=1.5, help="sigma of the heatmaps' blur, px")
+    for part, default in (("rotation", 1), ("scale", 1), ("shift", 1), ("flip", 0)):
+        group.add_argument(
+            f"--using_{part}", type=int, choices=(0, 1), default=default, help=f"augment by {part}"
+        )
+    group.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        help="validate on this last share of train instead of val (which is test data in NYU, ICVL, MSRA)",
+    )
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--label_size", type=int, default=64, help="edge of the heatmaps, px; the crop is twice that"
+    )
+    group.add_argument("--stages", type=int, default=2, help="stacked prediction stages")
+    group.add_argument("--features", type=int, default=128, help="width of the features")
+    group.add_argument("--level", type=int, default=4, help="depth of the hourglass")
+    group.add_argument("--filter_size", type=int, default=3, help="kernel of stem and regressions, px")
+    group.add_argument("--norm_method", choices=("instance", "batch"), default="instance")
+    group.add_argument("--heatmap_method", choices=("softmax", "sum"), default="softmax")
+    group = parser.add_argument_group("training")
+    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation; 0 draws one")
+    group.add_argument("--epoch", type=int, default=50, help="epochs to train")
+    group.add_argument("--opt", choices=("adam", "sgd"), default="adam", help="AdamW or SGD")
+    group.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    group.add_argument("--lr_decay", type=float, default=0.2, help="factor on lr every --decay_epoch epochs")
+    group.add_argument("--decay_epoch", type=int, default=15, help="epochs between two decays")
+    group.add_argument("--beta1", type=float, default=0.9, help="AdamW's beta 1, SGD's momentum")
+    group.add_argument("--beta2", type=float, default=0.999, help="AdamW's beta 2")
+    group.add_argument("--weight_decay", type=float, default=0.0)
+    group.add_argument("--alpha", type=float, default=1.0, help="1 regression, 0 detection, between mixed")
+    group.add_argument("--lambda_h", type=float, default=1.0, help="weight of the heatmaps' loss")
+    group.add_argument("--lambda_d", type=float, default=0.01, help="weight of the depth maps' loss")
+    group.add_argument(
+        "--mixed_precision", action="store_true", help="bfloat16 autocast; the decoder stays float32"
+    )
+    args = _parse(parser, argv)
+    _check_ranges(args)
+    return args
+
+
+def parse_test(description, argv=None, subject=False):
+    """Parse the options of test.py, or with `subject` of test_msra.py."""
+    parser = argparse.ArgumentParser(description=description)
+    _add_data(parser, subject)
+    parser.add_argument("--seed", default="final", help="which checkpoint: final, or an epoch's number")
+    parser.add_argument(
+        "--model", type=Path, help="a checkpoint file, instead of Model/<dataset>_<suffix>_<seed>.pt"
+    )
+    parser.add_argument(
+        "--process_mode", choices=("uvd", "bb"), default="uvd", help="centre file, or bounding box (HAND17)"
+    )
+    return _parse(parser, argv)
+
+
+def _add_data(parser, subject):
+    group = parser.add_argument_group("run")
+    group.add_argument("--config", type=Path, help="YAML file with defaults for these options")
+    group.add_argument("--suffix", default="default", help="name of the run")
+    if subject:
+        group.add_argument("--subject", type=_subject, default=0, help="held-out subject 0 to 8, or all")
+        parser.set_defaults(dataset="MSRA")
+    else:
+        group.add_argument("--dataset", choices=[name for name in DATASETS if name != "MSRA"], default="NYU")
+    group.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
+    group.add_argument("--batch_size", type=int, default=32)
+    group.add_argument(
+        "--num_workers", type=int, default=os.cpu_count(), help="loading processes (default: all cores)"
+    )
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--gpu_id", type=int, default=0, help="which GPU")
+
+
+def _subject(text):
+    if text != "all" and text not in map(str, range(MSRADataset.subjects)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 to {MSRADataset.subjects - 1} nor all")
+    return text if text == "all" else int(text)
+
+
+def _parse(parser, argv):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    path = parser.parse_args(argv).config
+    return parser.parse_args(_config_arguments(parser, path) + argv if path else argv)
+
+
+def _config_arguments(parser, path):
+    """Return a YAML file's options as command-line words, so that both are checked alike."""
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: expected `option: value` lines")
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    words = []
+    for key, value in options.items():
+        if key not in known:
+            raise UserError(f"{path}: no option is named {key!r}; there are {', '.join(known)}")
+        if known[key].nargs == 0:
+            words += [f"--{key}"] * bool(value)
+        elif value is not None:
+            words.append(f"--{key}={value}")
+    return words
+
+
+def _check_ranges(args):
+    positive = ("batch_size", "kernel_size", "sigmoid", "epoch", "lr", "decay_epoch", "features", "stages")
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
+    if not 0 <= args.alpha <= 1:
+        raise UserError(f"--alpha must be between 0 and 1, not {args.alpha}")
+    if not 0 <= args.holdout < 1:
+        raise UserError(f"--holdout must be at least 0 and below 1, not {args.holdout}")
+    if args.num_workers < 0:
+        raise UserError(f"--num_workers must be 0 or more, not {args.num_workers}")
+    if args.kernel_size % 2 == 0 or args.kernel_size // 2 >= args.label_size:
+        raise UserError(f"--kernel_size must be odd and below twice --label_size, not {args.kernel_size}")

@@ -1,0 +1,21 @@
+"""Predict the test split of NYU, ICVL or HAND17, write the result file and print the errors.
+
+python test.py --dataset NYU
+python test.py --dataset HAND17 --process_mode bb
+python test.py --dataset NYU --model Model/NYU_published.pt
+"""
+
+import sys
+
+from engine import test
+from options import parse_test
+from utils import run
+
+
+def main():
+    """Test as the command line says."""
+    test(parse_test("Predict the test split of NYU, ICVL or HAND17."))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

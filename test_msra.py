@@ -1,0 +1,20 @@
+"""Predict MSRA's held-out subjects, write the result files and print the errors.
+
+python test_msra.py --subject 3
+python test_msra.py --subject all
+"""
+
+import sys
+
+from engine import test_folds
+from options import parse_test
+from utils import run
+
+
+def main():
+    """Test each fold that the command line names; merge the results of all nine."""
+    test_folds(parse_test("Predict MSRA's held-out subjects.", subject=True))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,210 @@
+"""The evaluation script: published numbers, the files people publish, and what it says about bad ones."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+import evaluate
+from metrics import PROTOCOLS, format_table, summarise
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT.parent / "shared" / "results"
+
+
+def icvl_uvd(frames=3):
+    """Return labels [frames, 16, 3] in uvd whose joints lie on the principal point, 241 mm and more away."""
+    uvd = np.zeros((frames, 16, 3))
+    uvd[...] = (160, 120, 241)
+    uvd[..., 2] += np.arange(frames)[:, None]
+    return uvd
+
+
+def write_joints(path, joints):
+    """Write [N, J, 3] as a text file, a frame a line; return its path."""
+    np.savetxt(path, joints.reshape(len(joints), -1), fmt="%.3f")
+    return path
+
+
+def write_lines(path, *lines):
+    """Write lines of text; return the file's path."""
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def labels_path(tmp_path):
+    return write_joints(tmp_path / "labels.txt", icvl_uvd())
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published predictions are not here")
+@pytest.mark.parametrize(
+    ("dataset", "prediction", "expected"),
+    [
+        ("NYU", "TMM21_NYU_SRNet", "9.173 6.240 4.421 11.168 72.46 83.24 87.12 92.70 0.8248"),
+        ("NYU", "CVPR18_NYU_HandPointNet", "10.540 7.594 5.544 12.638 59.34 78.41 85.97 89.36 0.7934"),
+        ("ICVL", "TMM21_ICVL_SRNet", "6.152 5.130 6.927 5.544 85.34 94.86 97.68 98.21 0.8774"),
+    ],
+)
+def test_published_predictions_give_the_published_numbers(dataset, prediction, expected):
+    protocol = PROTOCOLS[dataset]
+    source = PUBLISHED / f"{dataset.lower()}_test_groundtruth_label.txt"
+    labels = evaluate.read_joints(source, len(protocol.joint_names))
+    error_mm = evaluate.measure_errors_mm(PUBLISHED / f"{prediction}.txt", protocol, labels, str(source))
+    table = format_table({prediction: summarise(error_mm, protocol.split)})
+    figures = [line.split()[-1] for line in table.splitlines() if " joint, mm" not in line]
+    assert figures == [prediction, *expected.split()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1 2.5 -3 400 5 6",
+        "  1\t2.5  -3 \t400 5 6  \r",
+        "1,2.5, -3,400,5,6",
+        "1e0 2.5E+00 -3.0e0 4e2 5. 6",
+        "frame\\images\\image_D00000001.png\t1\t2.5\t-3\t400\t5\t6",
+        "\ufeff1 2.5 -3 400 5 6",
+    ],
+)
+def test_numbers_are_read_however_they_are_spaced(tmp_path, line):
+    path = tmp_path / "joints.txt"
+    path.write_text(f"{line}\n7 8 9 10 11 12\n\n  \n", encoding="utf-8")
+    joints = evaluate.read_joints(path, joints=2)
+    np.testing.assert_array_equal(joints, [[[1, 2.5, -3], [400, 5, 6]], [[7, 8, 9], [10, 11, 12]]])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1 2 3 4 5", r"joints\.txt, line 2: expected 6 numbers .*, found 5$"),
+        ("1 2 3 4 5 6 7", r"joints\.txt, line 2: expected 6 numbers .*, found 7$"),
+        ("a.png 1 2 3 4 5", r"joints\.txt, line 2: expected 6 numbers .*, found 5 after 'a\.png'"),
+        ("1 2 3 4 x5 6", r"joints\.txt, line 2: 'x5' is not a number"),
+        ("a.png 1 2 3 4 b.png 6", r"joints\.txt, line 2: 'b\.png' is not a number"),
+        ("1 2 3 NaN 5 6", r"joints\.txt, line 2: 'NaN' is not finite"),
+        ("1 2 -inf 4 5 6", r"joints\.txt, line 2: '-inf' is not finite"),
+        ("\0\1\2", r"joints\.txt, line 2: expected 6 numbers"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path / "joints.txt", "1 2 3 4 5 6", line)
+    with pytest.raises(UserError, match=message):
+        evaluate.read_joints(path, joints=2)
+
+
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "joints.png"
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UserError, match="line 1: expected 6 numbers"):
+        evaluate.read_joints(path, joints=2)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_an_empty_file_is_refused(tmp_path, text):
+    path = tmp_path / "joints.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"joints\.txt is empty"):
+        evaluate.read_joints(path, joints=2)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.txt not found"):
+        evaluate.read_joints(tmp_path / "nowhere.txt", joints=2)
+
+
+def test_another_count_of_frames_names_both_counts(tmp_path, labels_path):
+    path = write_joints(tmp_path / "pred.txt", icvl_uvd(frames=2))
+    with pytest.raises(UserError, match=r"pred\.txt: expected 3 frames, as in .*labels\.txt, found 2"):
+        evaluate.main(["--dataset", "ICVL", "--labels", str(labels_path), str(path)])
+
+
+def test_errors_are_measured_after_back_projection(tmp_path, labels_path, capsys):
+    # One column at depth z is z / fx mm: the frames are 241, 242 and 243 mm away and fx is 240.99.
+    path = write_joints(tmp_path / "pred.txt", icvl_uvd() + (24.099, 0, 0))
+    evaluate.main(["--dataset", "ICVL", "--labels", str(labels_path), str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "ICVL, 3 test frames"
+    assert lines[2].split() == ["mean,", "mm", "24.200"]
+    assert lines[-1].split() == ["15", "little", "tip,", "mm", "24.200"]
+
+
+def test_hand17_results_are_xyz_behind_a_name(tmp_path, capsys):
+    xyz = np.full((2, 21, 3), 300.0)
+    labels = write_joints(tmp_path / "labels.txt", xyz)
+    moved = "\t".join(f"{value:.3f}" for value in (xyz[0] + (3, 0, 4)).ravel())
+    path = write_lines(tmp_path / "p.txt", *(f"frame\\images\\image_D{k:08d}.png\t{moved}" for k in (1, 2)))
+    evaluate.main(["--dataset", "HAND17", "--labels", str(labels), str(path)])
+    assert capsys.readouterr().out.splitlines()[2].split()[-1] == "5.000"
+
+
+@pytest.mark.parametrize(("options", "passed_on"), [([], {}), (["--subject", "3"], {"subject": 3})])
+def test_without_a_file_labels_come_from_the_test_index(tmp_path, monkeypatch, capsys, options, passed_on):
+    labels = np.full((2, 21, 3), 200.0)
+    calls = []
+
+    def test_labels_uvd(name, data_dir, **others):
+        calls.append((name, data_dir, others))
+        return labels
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(test_labels_uvd=test_labels_uvd))
+    path = write_joints(tmp_path / "pred.txt", labels)
+    evaluate.main(["--dataset", "MSRA", "--data_dir", str(tmp_path), str(path), *options])
+    assert calls == [("MSRA", tmp_path, passed_on)]
+    assert capsys.readouterr().out.splitlines()[2].split()[-1] == "0.000"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dataset", "NYU", "--subject", "1"],
+        ["--dataset", "MSRA", "--subject", "1", "--labels", "labels.txt"],
+        ["--dataset", "NYU", "--plot", "errors.docx"],
+        ["--dataset", "OTHER"],
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([*options, "pred.txt"])
+    assert "error:" in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    assert evaluate.name_files([Path("a/x.txt"), Path("b/y.txt")]) == ["x", "y"]
+    paths = [Path("a/x.txt"), Path("b/x.txt")]
+    assert evaluate.name_files(paths) == [str(path) for path in paths]
+
+
+def test_the_script_writes_table_figure_and_json(tmp_path, labels_path):
+    near = write_joints(tmp_path / "near.txt", icvl_uvd() + (0, 0, 1))
+    far = write_joints(tmp_path / "_far.txt", icvl_uvd() + (0, 0, 100))
+    command = [sys.executable, ROOT / "evaluate.py", "--dataset", "ICVL", "--labels", labels_path, near, far]
+    outputs = ["--plot", tmp_path / "out" / "errors.png", "--json", tmp_path / "out" / "errors.json"]
+    done = subprocess.run([*command, *outputs], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines()[1].split() == ["near", "_far"]
+
+    report = json.loads((tmp_path / "out" / "errors.json").read_text())
+    assert (report["dataset"], report["frames"]) == ("ICVL", 3)
+    assert report["joint_names"] == list(PROTOCOLS["ICVL"].joint_names)
+    assert list(report["predictions"]) == ["near", "_far"]
+    assert report["predictions"]["near"]["mean"] == pytest.approx(1)
+    assert report["predictions"]["_far"]["per_joint"] == pytest.approx([100] * 16)
+    image = cv2.imread(str(tmp_path / "out" / "errors.png"))
+    assert image is not None
+    assert image.std() > 0
+
+
+def test_the_script_ends_with_one_line_after_an_error(tmp_path, labels_path):
+    command = [sys.executable, ROOT / "evaluate.py", "--dataset", "ICVL", "--labels", labels_path]
+    command.append(tmp_path / "none.txt")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "none.txt" in done.stderr

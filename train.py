@@ -1,0 +1,21 @@
+"""Train the network on NYU, ICVL or HAND17.
+
+python train.py --dataset ICVL
+python train.py --dataset NYU --suffix mixed --alpha 0.5 --mixed_precision
+python train.py --config Model/NYU_mixed.yml
+"""
+
+import sys
+
+from engine import train
+from options import parse_train
+from utils import run
+
+
+def main():
+    """Train as the command line says."""
+    train(parse_train("Train on NYU, ICVL or HAND17."))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

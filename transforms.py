@@ -1,0 +1,254 @@
+"""Camera geometry, hand crop and augmentation as pure functions on NumPy arrays."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+SHIFT_PX = 5.0
+ROTATION_DEG = 30.0
+SCALE_RANGE = (0.8, 1.2)
+
+# A hand so near that its crop exceeds this is a wrong centre, and would not fit in memory.
+MAX_BOX_PX = 4096
+
+
+class Camera(NamedTuple):
+    """A pinhole camera: focal lengths and principal point, px."""
+
+    fx: float
+    fy: float
+    u0: float
+    v0: float
+
+
+class Rect(NamedTuple):
+    """Pixel rectangle; right and bottom are exclusive."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    def intersect(self, other):
+        """Return the common rectangle, of zero size where there is none."""
+        left, top = max(self.left, other.left), max(self.top, other.top)
+        return Rect(
+            left, top, max(left, min(self.right, other.right)), max(top, min(self.bottom, other.bottom))
+        )
+
+
+class Frame(NamedTuple):
+    """A depth picture, or the part of one whose first pixel is column `left`, row `top`.
+
+    `depth_mm` is [h, w], uint16 or float32, 0 where nothing was measured.
+    """
+
+    depth_mm: np.ndarray
+    left: int = 0
+    top: int = 0
+
+    @property
+    def rect(self):
+        """The pixels of the picture that this frame holds."""
+        height, width = self.depth_mm.shape
+        return Rect(self.left, self.top, self.left + width, self.top + height)
+
+
+class Augmentation(NamedTuple):
+    """One explicit augmentation: rotation in degrees, scale, shift of the centre in px, mirror."""
+
+    angle_deg: float = 0.0
+    scale: float = 1.0
+    shift_px: tuple = (0.0, 0.0)
+    flip: bool = False
+
+
+def xyz2uvd(xyz, camera):
+    """Project camera-frame points [..., 3] in mm to (column px, row px, depth mm)."""
+    xyz = np.asarray(xyz)
+    x, y, z = xyz[..., 0], xyz[..., 1], xyz[..., 2]
+    return np.stack([x * camera.fx / z + camera.u0, y * camera.fy / z + camera.v0, z], axis=-1)
+
+
+def uvd2xyz(uvd, camera):
+    """Back-project (column px, row px, depth mm) [..., 3] to camera-frame points in mm."""
+    uvd = np.asarray(uvd)
+    u, v, d = uvd[..., 0], uvd[..., 1], uvd[..., 2]
+    return np.stack([(u - camera.u0) * d / camera.fx, (v - camera.v0) * d / camera.fy, d], axis=-1)
+
+
+def window_around(center_uvd, half_mm, camera):
+    """Return the Rect that reaches `half_mm` to each side of a centre at the centre's depth."""
+    u, v, d = (float(c) for c in center_uvd)
+    half_u, half_v = half_mm / d * camera.fx, half_mm / d * camera.fy
+    return Rect(int(u - half_u), int(v - half_v), int(u + half_u), int(v + half_v))
+
+
+def box_size_px(center_d_mm, cube_mm, camera):
+    """Return the edge, an even number of px, of the crop that shows the whole cube.
+
+    Raises ValueError where the centre has no finite depth or is so near that the crop is absurd.
+    """
+    if not (np.isfinite(center_d_mm) and center_d_mm > 0):
+        raise ValueError(f"centre depth {center_d_mm:g} mm is not a positive number")
+    half_px = cube_mm / center_d_mm
+    box_px = 2 * (max(int(half_px * camera.fx + half_px * camera.fy), 2) // 2)
+    if box_px > MAX_BOX_PX:
+        raise ValueError(f"centre depth {center_d_mm:g} mm is too near: its crop would be {box_px} px wide")
+    return box_px
+
+
+def crop_hand(frame, center_uvd, box_px, cube_mm, window=None):
+    """Cut the cube around a centre out of a frame.
+
+    `center_uvd` is (column, row, depth mm) with whole-numbered column and row; pixels outside
+    `window` (a Rect), the frame, or the depth range centre +- cube are zero.
+    Returns float32 [box_px, box_px], depth relative to the centre, mm.
+    """
+    u, v, d = int(center_uvd[0]), int(center_uvd[1]), float(center_uvd[2])
+    left, top = u - box_px // 2, v - box_px // 2
+    part = Rect(left, top, left + box_px, top + box_px).intersect(frame.rect)
+    if window is not None:
+        part = part.intersect(window)
+    depth = frame.depth_mm[
+        part.top - frame.top : part.bottom - frame.top, part.left - frame.left : part.right - frame.left
+    ].astype(np.float32)
+    hand = (depth > d - cube_mm) & (depth < d + cube_mm) & (depth != 0)
+    crop = np.zeros((box_px, box_px), np.float32)
+    crop[part.top - top : part.bottom - top, part.left - left : part.right - left] = np.where(
+        hand, depth - np.float32(d), 0
+    )
+    return crop
+
+
+def resize(image, size):
+    """Resize [H, W] bilinearly, in OpenCV's convention, to [size, size]."""
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+
+
+def draw_augmentation(rng, rotation=True, scale=True, shift=True, flip=False):
+    """Draw one Augmentation from `rng` (numpy Generator); a part that is off stays neutral.
+
+    Every part consumes its draws also when off, so that switching one leaves the others alike.
+    """
+    angle, factor = rng.uniform(-ROTATION_DEG, ROTATION_DEG), rng.uniform(*SCALE_RANGE)
+    shift_u, shift_v = rng.uniform(-SHIFT_PX, SHIFT_PX, size=2)
+    mirrored = rng.random() < 0.5
+    return Augmentation(
+        angle if rotation else 0.0,
+        factor if scale else 1.0,
+        (shift_u, shift_v) if shift else (0.0, 0.0),
+        bool(flip and mirrored),
+    )
+
+
+def augment_image(image, augmentation):
+    """Mirror, turn and scale a crop [S, S] about pixel (S // 2, S // 2); relative depths scale too."""
+    if augmentation.flip:
+        image = np.ascontiguousarray(image[:, ::-1])
+    if augmentation.angle_deg == 0 and augmentation.scale == 1:
+        return image
+    size = image.shape[0]
+    matrix = cv2.getRotationMatrix2D((size // 2, size // 2), augmentation.angle_deg, augmentation.scale)
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR) * np.float32(
+        augmentation.scale
+    )
+
+
+def augment_joints(uvd, augmentation):
+    """Apply what `augment_image` does to joints [J, 3] relative to the centre (px of the crop, mm)."""
+    u, v, d = uvd[:, 0], uvd[:, 1], uvd[:, 2]
+    if augmentation.flip:
+        u = -u
+    angle = np.deg2rad(augmentation.angle_deg)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return augmentation.scale * np.stack([cos * u + sin * v, cos * v - sin * u, d], axis=-1)
+
+
+def joints_to_crop(joints_uvd, center_uvd, box_px, image_size):
+    """Return joints [J, 3] relative to the centre: px of the `image_size` crop, and mm."""
+    stretch = (image_size - 1) / (box_px - 1)
+    return (np.asarray(joints_uvd, np.float64) - center_uvd) * (stretch, stretch, 1)
+
+
+def recover_uvd(uvd, box_px, cube_mm, center_uvd):
+    """Turn normalised joints [..., J, 3] back into (column px, row px, depth mm) of the frame.
+
+    `box_px` and `cube_mm` are [...], `center_uvd` is [..., 3].
+    """
+    box_px, cube_mm = np.asarray(box_px)[..., None], np.asarray(cube_mm)[..., None]
+    scale = np.stack([box_px - 1, box_px - 1, cube_mm], axis=-1)
+    return np.asarray(uvd) * scale + np.asarray(center_uvd)[..., None, :]
+
+
+def center_of_mass(frame):
+    """Return mean column, mean row and mean depth of the non-zero pixels, uvd.
+
+    Raises ValueError where there are none.
+    """
+    rows, columns = np.nonzero(frame.depth_mm)
+    if len(rows) == 0:
+        raise ValueError("the frame is empty")
+    depth = frame.depth_mm[rows, columns]
+    return np.array([columns.mean() + frame.left, rows.mean() + frame.top, depth.mean(dtype=np.float64)])
+
+
+def cut_bounding_box(frame, bbox):
+    """Keep the hand in a bounding box (left, top, width, height; px): drop what lies far behind it.
+
+    The mean depth of the box, then of what is nearer than that plus 100 mm, then cut 100 mm
+    behind the second mean, as the HANDS17 frame task is commonly prepared.
+    Raises ValueError where the box holds no depth.
+    """
+    left, top, width, height = (int(b) for b in bbox)
+    part = Rect(left, top, left + width, top + height).intersect(frame.rect)
+    depth = frame.depth_mm[
+        part.top - frame.top : part.bottom - frame.top, part.left - frame.left : part.right - frame.left
+    ].astype(np.float32)
+    if not depth.any():
+        raise ValueError("the bounding box holds no depth")
+    near = depth[(depth != 0) & (depth <= depth[depth != 0].mean(dtype=np.float64) + 100)]
+    return Frame(
+        np.where(depth <= near.mean(dtype=np.float64) + 100, depth, np.float32(0)), part.left, part.top
+    )
+
+
+def find_center(frame, camera, cube_mm):
+    """Find the hand as the nearest blob; return its centre, uvd.
+
+    Starts at the nearest connected surface of plausible size and moves to the centre of mass of
+    what lies within `cube_mm` of the current centre until it rests.
+    Raises ValueError where no blob is large enough.
+    """
+    depth = frame.depth_mm.astype(np.float32)
+    nearest = _nearest_blob(depth, camera, cube_mm)
+    rows, columns = np.nonzero(nearest)
+    center = np.array([columns.mean() + frame.left, rows.mean() + frame.top, np.median(depth[nearest])])
+    for _ in range(10):
+        part = window_around(center, cube_mm, camera).intersect(frame.rect)
+        inside = depth[
+            part.top - frame.top : part.bottom - frame.top, part.left - frame.left : part.right - frame.left
+        ]
+        kept = np.where(np.abs(inside - center[2]) < cube_mm, inside, np.float32(0))
+        moved = center_of_mass(Frame(kept, part.left, part.top))
+        if np.abs(moved - center).max() < 0.5:
+            return moved
+        center = moved
+    return center
+
+
+def _nearest_blob(depth, camera, cube_mm):
+    """Return the mask [H, W] of the nearest connected surface that is at least 20 x 20 mm."""
+    valid = depth > 0
+    if not valid.any():
+        raise ValueError("the frame is empty")
+    for near in np.unique(np.floor(depth[valid] / 50)) * 50:
+        layer = (valid & (depth < near + cube_mm)).astype(np.uint8)
+        count, labels, stats, _ = cv2.connectedComponentsWithStats(layer, connectivity=8)
+        largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+        blob = labels == largest
+        pixel_mm2 = float(np.median(depth[blob])) ** 2 / (camera.fx * camera.fy)
+        if stats[largest, cv2.CC_STAT_AREA] * pixel_mm2 >= 400:
+            return blob
+    raise ValueError("no surface is as large as a hand")
