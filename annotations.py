@@ -191,7 +191,7 @@ def build_index(name, root, force=False):
     _write_lines(
         root / "rejected.txt",
         [
-            f"{source.frames.frame_path(i)}\t{reason}"
+            f"{_name(source.frames, i)}\t{reason}"
             for source in found
             for i, reason in enumerate(refusals[source.split])
             if reason
@@ -282,15 +282,20 @@ def _complete_centers(source):
         f"{absent[0]} not found: computing centres (nearest blob) into {computed[0]}; published results "
         "use the distributed file"
     )
-    centers = list(over_frames(_center, frames, f"centres {source.split}"))
+    # A line whose frame has no readable name, or no file, is refused by the frame check later.
+    found = {
+        i: center
+        for i, center in enumerate(over_frames(_center, frames, f"centres {source.split}"))
+        if center != "invalid" and _is_numbered(frames, i)
+    }
     if len(computed) == 2:
-        numbers = range(len(centers))
-        paths = ["/".join(frames.frame_path(i).parts[-2:]) for i in numbers]
+        numbers = range(len(found))
+        paths = ["/".join(frames.frame_path(i).parts[-2:]) for i in found]
         _write_lines(computed[1], paths)
     else:
-        numbers = [frames.center_line(i) for i in range(len(centers))]
-    lines = ["invalid"] * (max(numbers) + 1)
-    for number, center in zip(numbers, centers):
+        numbers = [frames.center_line(i) for i in found]
+    lines = ["invalid"] * (max(numbers, default=0) + 1)
+    for number, center in zip(numbers, found.values()):
         lines[number] = center
     _write_lines(computed[0], lines)
 
@@ -322,6 +327,22 @@ def _start_worker(work, frames):
 def _run_chunk(indices):
     work, frames = _job
     return [work(frames, index) for index in indices]
+
+
+def _name(frames, index):
+    """Return the path of a frame, or where the line stands that names none."""
+    try:
+        return frames.frame_path(index)
+    except FrameError as error:
+        return error.frame
+
+
+def _is_numbered(frames, index):
+    try:
+        frames.number(index)
+    except FrameError:
+        return False
+    return True
 
 
 def _refusal(frames, index):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from cache import file_digest, line_key, open_cache
 from frames import FrameError, LineFile, parse_numbers, read_bytes, read_png
 from model import grid_position, on_grid, spatial_form
 from transforms import (
@@ -38,6 +39,9 @@ MAX_OFF_HAND_MM = 75
 
 # A frame is judged on the published grid, so that its use does not depend on the network's size.
 USABLE_GRID = 64
+
+# So many lines of an index are looked up when its cache is opened.
+CHECKED_LINES = 64
 
 # Far beyond any picture (px) or working distance (mm).
 MAX_CENTER = 1e5
@@ -80,9 +84,10 @@ class HandDataset(Dataset):
     the sizes of crop and maps (px), `cube_size` half the edge of the hand's cube (mm), `dataset`
     the split, `process_mode` `uvd` (centre file) or `bb` (bounding box; HAND17's test split).
     `test_only` drops the labels; `targets=False` leaves heatmaps and depthmaps empty, for a caller
-    that makes them with `model.spatial_form`. `lines` replaces the index file.
+    that makes them with `model.spatial_form`. `lines` replaces the index file. `use_cache=False`
+    reads the frames' files also where a crop cache (cache.py) lies beside the index.
 
-    Opens the index and no image. Raises UserError where the index is missing.
+    Opens index and cache and no image. Raises UserError where the index is missing.
     """
 
     name = ""
@@ -120,6 +125,7 @@ class HandDataset(Dataset):
         process_mode="uvd",
         targets=True,
         lines=None,
+        use_cache=True,
     ):
         if dataset not in ("train", "val", "test"):
             raise UserError(f"dataset must be train, val or test, not {dataset!r}")
@@ -140,7 +146,10 @@ class HandDataset(Dataset):
         self.cube_size = self.cube_mm if cube_size is None else cube_size
         self.joint_number = self.joint_number if joint_number is None else joint_number
         self.split, self.process_mode = dataset, process_mode
+        # Of one sample's path, which is asked for several times and slow to build.
+        self._latest_path = None, None
         self.lines = self._open_index() if lines is None else lines
+        self.cache = self._open_cache() if use_cache and lines is None and process_mode == "uvd" else None
 
     def _open_index(self):
         path = self.root / self.index_name()
@@ -177,22 +186,27 @@ class HandDataset(Dataset):
         The plain sample is returned where an augmented joint leaves the heatmap grid.
         Raises FrameError where the frame cannot be used.
         """
-        augmentation = augmentation or Augmentation()
-        frame, center_uvd, window = self.locate(index)
-        cube_mm = self.cube_of(index)
+        located, cube_mm = self.load(index), self.cube_of(index)
+        if augmentation is not None and augmentation != Augmentation():
+            sample = self._sample(index, located, cube_mm, augmentation)
+            if sample is not None:
+                return sample
+        return self._sample(index, located, cube_mm, Augmentation())
+
+    def _sample(self, index, located, cube_mm, augmentation):
+        """Return a sample; None where an augmented joint leaves the heatmap grid."""
+        frame, center_uvd, window, joints_uvd = located
         box_px = self._box(index, center_uvd, cube_mm)
         shift_u, shift_v = augmentation.shift_px
         com = np.array([int(center_uvd[0] + shift_u), int(center_uvd[1] + shift_v), center_uvd[2]])
 
         uvd = None
         if not self.test_only:
-            uvd = augment_joints(
-                joints_to_crop(self.joints_uvd(index), com, box_px, self.image_size), augmentation
-            )
+            uvd = augment_joints(joints_to_crop(joints_uvd, com, box_px, self.image_size), augmentation)
             uvd = uvd / (self.image_size - 1, self.image_size - 1, cube_mm)
-            if augmentation != Augmentation() and not self._inside(uvd, self.label_size):
-                return self.sample(index)
-            if augmentation == Augmentation() and not self._inside(uvd, USABLE_GRID):
+            if augmentation != Augmentation() and not on_grid(uvd[:, :2], self.label_size).all():
+                return None
+            if augmentation == Augmentation() and not on_grid(uvd[:, :2], USABLE_GRID).all():
                 raise FrameError(self.frame_path(index), "a joint lies outside the heatmap grid")
 
         image = resize(crop_hand(frame, com, box_px, cube_mm, window), self.image_size)
@@ -201,32 +215,64 @@ class HandDataset(Dataset):
         known = UnlabelledSample(
             _picture(image / np.float32(cube_mm)),
             _picture(label_image / np.float32(cube_mm)),
-            _picture((label_image != 0).astype(np.float32)),
-            torch.tensor(float(box_px)),
-            torch.tensor(float(cube_mm)),
-            torch.tensor(com, dtype=torch.float32),
+            _picture(label_image != 0),
+            _tensor(box_px),
+            _tensor(cube_mm),
+            _tensor(com),
         )
-        return known if self.test_only else self._with_targets(known, torch.tensor(uvd, dtype=torch.float32))
+        return known if self.test_only else self._with_targets(known, _tensor(uvd))
 
     def _with_targets(self, known, uvd):
-        maps = torch.empty(2, 0)
-        if self.targets:
-            maps = torch.cat(
-                spatial_form(
-                    uvd[None], known.label_img[None], known.mask[None], self.kernel_size, self.sigmoid
-                )
-            )
-        return Sample(*known, uvd, *maps)
-
-    @staticmethod
-    def _inside(uvd, grid_size):
-        return bool(on_grid(torch.from_numpy(uvd[:, :2]), grid_size).all())
+        if not self.targets:
+            return Sample(*known, uvd, torch.empty(0), torch.empty(0))
+        heatmaps, depthmaps = spatial_form(
+            uvd[None], known.label_img[None], known.mask[None], self.kernel_size, self.sigmoid
+        )
+        return Sample(*known, uvd, heatmaps[0], depthmaps[0])
 
     def _box(self, index, center_uvd, cube_mm):
         try:
             return box_size_px(center_uvd[2], cube_mm, self.camera)
         except ValueError as error:
             raise FrameError(self.frame_path(index), str(error)) from None
+
+    def load(self, index):
+        """Return what a sample is made of: frame, centre (uvd), window, labels [J, 3] uvd (test_only: None).
+
+        From the crop cache where there is one, else from the files. Raises FrameError.
+        """
+        crop = self.cache.read(self.cache_key(index)) if self.cache else None
+        if crop is None or crop.joints_uvd is None and not self.test_only:
+            return *self.locate(index), None if self.test_only else self.joints_uvd(index)
+        return crop.frame, crop.center_uvd, None, crop.joints_uvd
+
+    def cache_name(self):
+        """Return the name of the crop cache that holds this split's frames."""
+        return f"{'train' if self._trains() else 'test'}.cache"
+
+    def cache_key(self, index):
+        """Return the key of frame `index`: its index line without the prefix that is not trusted."""
+        path_text, numbers = self._fields(index)
+        return line_key("/".join(path_text.split("/")[-self.path_parts :]) + numbers)
+
+    def cache_settings(self):
+        """Return what a cache must have been made with to serve this split, as JSON holds it."""
+        centers = [] if self.margin_mm is None else [file.path for file in self._center_files]
+        return {
+            "dataset": self.name,
+            "camera": list(self.camera),
+            "cube": float(self.cube_size),
+            "margin": self.margin_mm,
+            "joints": self.joint_number,
+            "centre file": file_digest(centers),
+        }
+
+    def _open_cache(self):
+        path = self.root / self.cache_name()
+        if not path.is_file():
+            return None
+        spread = np.linspace(0, len(self) - 1, min(len(self), CHECKED_LINES), dtype=int).tolist()
+        return open_cache(path, self.cache_settings(), [self.cache_key(i) for i in spread])
 
     def locate(self, index):
         """Return a frame, its hand's centre (uvd) and the window (Rect or None) that is not zeroed."""
@@ -269,7 +315,9 @@ class HandDataset(Dataset):
 
     def frame_path(self, index):
         """Return where frame `index` lies; of the index line's path only the data set's part is used."""
-        return self._resolve(self._fields(index)[0])
+        if self._latest_path[0] != index:
+            self._latest_path = index, self._resolve(self._fields(index)[0])
+        return self._latest_path[1]
 
     def _resolve(self, path_text):
         return self.root.joinpath(*path_text.split("/")[-self.path_parts :])
@@ -326,7 +374,7 @@ class HandDataset(Dataset):
         if line is None or not 0 <= line < len(self._center_files[0]):
             raise FrameError(frame, "the centre file has no line for this frame")
         center_uvd = parse_numbers(self._center_files[0][line], 3, frame, "the centre")
-        if center_uvd[2] <= 0 or np.abs(center_uvd).max() > MAX_CENTER:
+        if center_uvd[2] <= 0 or max(map(abs, center_uvd.tolist())) > MAX_CENTER:
             raise FrameError(frame, "the centre is impossible: {:g} {:g} {:g}".format(*center_uvd))
         return center_uvd
 
@@ -375,8 +423,13 @@ class HandDataset(Dataset):
         return recover_uvd(uvd, batch.box_size, batch.cube_size, batch.com)
 
 
+def _tensor(values):
+    # Four times as fast as torch.tensor, which looks at every element's type.
+    return torch.from_numpy(np.array(values, np.float32))
+
+
 def _picture(image):
-    return torch.from_numpy(np.ascontiguousarray(image, np.float32))[None]
+    return _tensor(image[None])
 
 
 class NYUDataset(HandDataset):
@@ -466,6 +519,10 @@ class MSRADataset(HandDataset):
     def index_name(self):
         """Return the name of this split's index file for the held-out subject."""
         return f"{self.split}_{self.subject}.txt"
+
+    def cache_name(self):
+        """Return the name of the one crop cache of all subjects, which every fold shares."""
+        return "frames.cache"
 
     def read(self, index):
         """Decode the rectangle that the file holds; the rest of the picture is zero."""

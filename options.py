@@ -58,6 +58,22 @@ def parse_train(description, argv=None, subject=False):
     group.add_argument(
         "--mixed_precision", action="store_true", help="bfloat16 autocast; the decoder stays float32"
     )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the network (minutes once, then faster)"
+    )
+    group = parser.add_argument_group("stopping and going on")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="always",
+        choices=("always", "auto"),
+        help="go on from Model/<run>_last.pt; auto: where it exists",
+    )
+    group.add_argument("--save_minutes", type=float, default=10.0, help="save the state that often, minutes")
+    group.add_argument("--skip_bad", action="store_true", help="count frames that cannot be read and go on")
+    group.add_argument(
+        "--max_bad_steps", type=int, default=10, help="end after more non-finite steps in a row"
+    )
     args = _parse(parser, argv)
     _check_ranges(args)
     return args

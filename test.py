@@ -7,14 +7,14 @@ python test.py --dataset NYU --model Model/NYU_published.pt
 
 import sys
 
-from engine import test
 from options import parse_test
+from runs import test_and_evaluate
 from utils import run
 
 
 def main():
     """Test as the command line says."""
-    test(parse_test("Predict the test split of NYU, ICVL or HAND17."))
+    test_and_evaluate(parse_test("Predict the test split of NYU, ICVL or HAND17."))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ python test_msra.py --subject all
 
 import sys
 
-from engine import test_folds
 from options import parse_test
+from runs import test_and_evaluate
 from utils import run
 
 
 def main():
     """Test each fold that the command line names; merge the results of all nine."""
-    test_folds(parse_test("Predict MSRA's held-out subjects.", subject=True))
+    test_and_evaluate(parse_test("Predict MSRA's held-out subjects.", subject=True))
 
 
 if __name__ == "__main__":

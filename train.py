@@ -7,8 +7,8 @@ python train.py --config Model/NYU_mixed.yml
 
 import sys
 
-from engine import train
 from options import parse_train
+from runs import train
 from utils import run
 
 

@@ -6,8 +6,8 @@ python train_msra.py --subject all
 
 import sys
 
-from engine import folds, train
 from options import parse_train
+from runs import folds, train
 from utils import run
 
 

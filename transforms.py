@@ -1,5 +1,6 @@
 """Camera geometry, hand crop and augmentation as pure functions on NumPy arrays."""
 
+import math
 from typing import NamedTuple
 
 import cv2
@@ -53,6 +54,12 @@ class Frame(NamedTuple):
         """The pixels of the picture that this frame holds."""
         height, width = self.depth_mm.shape
         return Rect(self.left, self.top, self.left + width, self.top + height)
+
+    def within(self, part):
+        """Return the depths, a view, of a Rect that lies inside the frame."""
+        return self.depth_mm[
+            part.top - self.top : part.bottom - self.top, part.left - self.left : part.right - self.left
+        ]
 
 
 class Augmentation(NamedTuple):
@@ -111,15 +118,35 @@ def crop_hand(frame, center_uvd, box_px, cube_mm, window=None):
     part = Rect(left, top, left + box_px, top + box_px).intersect(frame.rect)
     if window is not None:
         part = part.intersect(window)
-    depth = frame.depth_mm[
-        part.top - frame.top : part.bottom - frame.top, part.left - frame.left : part.right - frame.left
-    ].astype(np.float32)
-    hand = (depth > d - cube_mm) & (depth < d + cube_mm) & (depth != 0)
+    depth = frame.within(part).astype(np.float32)
+    hand = _in_cube(depth, d, cube_mm)
+    depth -= np.float32(d)
     crop = np.zeros((box_px, box_px), np.float32)
-    crop[part.top - top : part.bottom - top, part.left - left : part.right - left] = np.where(
-        hand, depth - np.float32(d), 0
+    np.multiply(
+        depth, hand, out=crop[part.top - top : part.bottom - top, part.left - left : part.right - left]
     )
     return crop
+
+
+def hand_part(frame, center_d_mm, cube_mm, window=None):
+    """Return the smallest part of a frame that holds every pixel `crop_hand` may keep, at any shift."""
+    part = frame.rect if window is None else frame.rect.intersect(window)
+    hand = _in_cube(frame.within(part).astype(np.float32), float(center_d_mm), cube_mm)
+    rows, columns = np.flatnonzero(hand.any(axis=1)), np.flatnonzero(hand.any(axis=0))
+    if len(rows) == 0:
+        return Frame(frame.depth_mm[:0, :0])
+    part = Rect(
+        part.left + int(columns[0]),
+        part.top + int(rows[0]),
+        part.left + int(columns[-1]) + 1,
+        part.top + int(rows[-1]) + 1,
+    )
+    return Frame(frame.within(part), part.left, part.top)
+
+
+def _in_cube(depth, center_d_mm, cube_mm):
+    """Return the mask of what was measured strictly between the cube's front and back; depth is float32."""
+    return (depth > max(center_d_mm - cube_mm, 0.0)) & (depth < center_d_mm + cube_mm)
 
 
 def resize(image, size):
@@ -158,12 +185,10 @@ def augment_image(image, augmentation):
 
 def augment_joints(uvd, augmentation):
     """Apply what `augment_image` does to joints [J, 3] relative to the centre (px of the crop, mm)."""
-    u, v, d = uvd[:, 0], uvd[:, 1], uvd[:, 2]
-    if augmentation.flip:
-        u = -u
-    angle = np.deg2rad(augmentation.angle_deg)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return augmentation.scale * np.stack([cos * u + sin * v, cos * v - sin * u, d], axis=-1)
+    angle, scale = math.radians(augmentation.angle_deg), augmentation.scale
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    mirror = -1 if augmentation.flip else 1
+    return uvd @ np.array([[mirror * cos, -mirror * sin, 0], [sin, cos, 0], [0, 0, scale]])
 
 
 def joints_to_crop(joints_uvd, center_uvd, box_px, image_size):
@@ -203,9 +228,7 @@ def cut_bounding_box(frame, bbox):
     """
     left, top, width, height = (int(b) for b in bbox)
     part = Rect(left, top, left + width, top + height).intersect(frame.rect)
-    depth = frame.depth_mm[
-        part.top - frame.top : part.bottom - frame.top, part.left - frame.left : part.right - frame.left
-    ].astype(np.float32)
+    depth = frame.within(part).astype(np.float32)
     if not depth.any():
         raise ValueError("the bounding box holds no depth")
     near = depth[(depth != 0) & (depth <= depth[depth != 0].mean(dtype=np.float64) + 100)]
@@ -222,14 +245,13 @@ def find_center(frame, camera, cube_mm):
     Raises ValueError where no blob is large enough.
     """
     depth = frame.depth_mm.astype(np.float32)
+    measured = Frame(depth, frame.left, frame.top)
     nearest = _nearest_blob(depth, camera, cube_mm)
     rows, columns = np.nonzero(nearest)
     center = np.array([columns.mean() + frame.left, rows.mean() + frame.top, np.median(depth[nearest])])
     for _ in range(10):
         part = window_around(center, cube_mm, camera).intersect(frame.rect)
-        inside = depth[
-            part.top - frame.top : part.bottom - frame.top, part.left - frame.left : part.right - frame.left
-        ]
+        inside = measured.within(part)
         kept = np.where(np.abs(inside - center[2]) < cube_mm, inside, np.float32(0))
         moved = center_of_mass(Frame(kept, part.left, part.top))
         if np.abs(moved - center).max() < 0.5:

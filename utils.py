@@ -1,6 +1,5 @@
 """Errors, atomic files, logs and pictures, shared by all scripts."""
 
-import json
 import os
 import sys
 import tempfile
@@ -25,13 +24,24 @@ class UserError(Exception):
     """What the user can mend: the message says in one line what, where and what to do."""
 
 
+class Stopped(Exception):
+    """The run ended early, on request and in order; `status` is the exit status that says so."""
+
+    def __init__(self, message, status):
+        super().__init__(message)
+        self.status = status
+
+
 def run(main):
-    """Run a script's `main`; return its exit status, 1 with one line on stderr after a UserError."""
+    """Run a script's `main`; return its exit status: 1 with one line on stderr after a UserError."""
     try:
         return main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -61,13 +71,6 @@ def atomic_path(path):
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def append_json_line(path, record):
-    """Add one JSON line to a log."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def colour_depth(image):

@@ -1,0 +1,145 @@
+"""Batches for the loops: sampling order, refused frames, workers and transfer to the device."""
+
+import signal
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+import distributed
+from frames import FrameError
+from utils import UserError
+
+
+class Batch(NamedTuple):
+    """Frames of one step: collated samples (None when all were refused), their indices, the FrameErrors."""
+
+    samples: tuple | None
+    indices: list
+    refused: list
+
+
+class WorkerDied(UserError):
+    """A loading process was killed, or crashed in native code."""
+
+
+class Frames(Dataset):
+    """A data set whose refused frames come back as FrameError values instead of ending the worker.
+
+    An item is (index, Sample or FrameError). `reading` tells, should one of `workers` die, which
+    frame each was at.
+    """
+
+    def __init__(self, dataset, workers):
+        self.dataset = dataset
+        self.reading = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, key):
+        index = key[0] if isinstance(key, tuple) else key
+        if worker := get_worker_info():
+            self.reading[worker.id] = index
+        try:
+            return index, self.dataset[key]
+        except FrameError as error:
+            return index, error
+
+
+def collate(items):
+    """Gather what `Frames` returns into a Batch."""
+    good = [(index, sample) for index, sample in items if not isinstance(sample, FrameError)]
+    refused = [error for _, error in items if isinstance(error, FrameError)]
+    samples = default_collate([sample for _, sample in good]) if good else None
+    return Batch(samples, [index for index, _ in good], refused)
+
+
+class EpochSampler(Sampler):
+    """The (index, augmentation seed) of an epoch's frames, in an order that (seed, epoch) alone fix.
+
+    Every process takes its part of each global batch of `batch_size` frames, so that neither the
+    number of processes nor a stop after `start` batches changes what a batch holds. The last
+    partial batch is dropped.
+    """
+
+    def __init__(self, indices, batch_size, seed):
+        if batch_size % distributed.world_size():
+            raise UserError(
+                f"--batch_size {batch_size} is the batch of all processes together: "
+                f"it must be divisible by their number, {distributed.world_size()}"
+            )
+        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.epoch, self.start = 0, 0
+
+    @property
+    def steps(self):
+        """The number of batches in a whole epoch."""
+        return len(self.indices) // self.batch_size
+
+    def batch(self, step):
+        """Return the indices of the frames of global batch `step`."""
+        return self._keys()[step, :, :, 0].ravel().tolist()
+
+    def _keys(self):
+        """Return (index, seed) pairs, [steps, processes, batch of one process, 2]."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.indices)
+        keys = np.stack([order, rng.integers(2**62, size=len(order))], axis=1)
+        return keys[: self.steps * self.batch_size].reshape(self.steps, distributed.world_size(), -1, 2)
+
+    def __len__(self):
+        return (self.steps - self.start) * self.batch_size // distributed.world_size()
+
+    def __iter__(self):
+        own = self._keys()[self.start :, distributed.rank()].reshape(-1, 2)
+        return (tuple(key) for key in own.tolist())
+
+
+def make_loader(dataset, sampler, args, device, batch_size):
+    """Return a DataLoader of Batches over what `sampler` (a Sampler or a sequence of indices) yields."""
+    workers = min(args.num_workers, -(-len(sampler) // batch_size))
+    return DataLoader(
+        Frames(dataset, workers),
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(_):
+    # One process a core: OpenCV's own threads would only fight over them.
+    cv2.setNumThreads(0)
+    # A signal to the whole process group is the main process's to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def batches_of(loader):
+    """Yield a loader's batches; raise WorkerDied, with the frames being read, where a worker dies."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        loader._iterator = None  # the next use must not wait for the dead worker
+        frames = loader.dataset
+        names = [str(frames.dataset.frame_path(index)) for index in frames.reading.tolist() if index >= 0]
+        raise WorkerDied(
+            f"a loading process died while these were read: {', '.join(names)} "
+            "(out of memory? fewer --num_workers)"
+        ) from error
+
+
+def to_device(samples, device):
+    """Move a batch to the device without waiting for it, pictures in channels_last."""
+    return type(samples)(*(_moved(field, device) for field in samples))
+
+
+def _moved(field, device):
+    layout = torch.channels_last if field.ndim == 4 else torch.preserve_format
+    return field.to(device, non_blocking=True, memory_format=layout)

@@ -1,0 +1,234 @@
+"""A training run and a test run as a whole: from options to checkpoints, logs and result files."""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import distributed
+from checkpoints import draw_seed, load_checkpoint, resolve_device, seed_everything
+from datasets import DATASETS, MSRADataset, test_labels_uvd
+from engine import picture_of, predict, train_one_epoch, validate
+from loading import EpochSampler, make_loader
+from metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
+from model import PixelwiseRegression, from_checkpoint
+from runstate import RunState, caught_signals, checkpoint_path, load_state, run_name, write_options
+from utils import UserError, atomic_path
+
+
+def open_splits(args):
+    """Return (train set, its indices, validation set, its indices) as the options ask."""
+    cls = DATASETS[args.dataset]
+    options = dict(
+        path=args.data_dir,
+        sigmoid=args.sigmoid,
+        kernel_size=args.kernel_size,
+        targets=False,
+        label_size=args.label_size,
+        image_size=2 * args.label_size,
+    )
+    if cls is MSRADataset:
+        options["subject"] = args.subject
+    using = {name: getattr(args, name) for name in vars(args) if name.startswith("using_")}
+    train = cls(dataset="train", **options, **using)
+    if not args.holdout:
+        val = cls(dataset="val", **options)
+        return train, np.arange(len(train)), val, np.arange(len(val))
+    kept = len(train) - round(args.holdout * len(train))
+    if not 0 < kept < len(train):
+        raise UserError(f"--holdout {args.holdout} leaves no frame on one side of {len(train)}")
+    val = cls(dataset="train", **options, **dict.fromkeys(using, 0))
+    return train, np.arange(kept), val, np.arange(kept, len(train))
+
+
+def build_network(args, joints, device):
+    """Return the network that the options describe, on the device. Raises UserError for an impossible one."""
+    try:
+        network = PixelwiseRegression(
+            joints,
+            stage=args.stages,
+            label_size=args.label_size,
+            features=args.features,
+            level=args.level,
+            kernel_size=args.filter_size,
+            norm_method=args.norm_method,
+            heatmap_method=args.heatmap_method,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if distributed.world_size() > 1 and args.norm_method == "batch":
+        if device.type != "cuda":
+            raise UserError(
+                "batch norm is synchronised between GPUs only: use --norm_method instance on CPUs"
+            )
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    network = network.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        network.compile()
+    return network
+
+
+def train(args):
+    """Train and validate as the options say; return (best epoch, its error mm, last error mm).
+
+    Writes Model/<run>_<epoch>.pt, Model/<run>_last.pt (for --resume), Model/<run>_final.pt (the best
+    epoch), Model/<run>.yml and logs/<run>/. Raises UserError for what the user can mend, Stopped
+    after a signal.
+    """
+    args.gpu_id = distributed.start(args.device, args.gpu_id)
+    try:
+        device = resolve_device(args.device, args.gpu_id)
+        saved = load_state(args)
+        args.seed = saved["seed"] if saved else distributed.share(args.seed or draw_seed())
+        seed_everything(args.seed)
+        train_set, train_indices, val_set, val_indices = open_splits(args)
+        if args.batch_size > len(train_indices):
+            args.batch_size = len(train_indices)
+            print(f"batch_size: {args.batch_size}, for there are no more training frames")
+        network = build_network(args, train_set.joint_number, device)
+        state = RunState(args, network, (train_set, val_set))
+        if saved:
+            state.restore(saved)
+        own_batch = args.batch_size // distributed.world_size()
+        train_loader = make_loader(
+            train_set, EpochSampler(train_indices, args.batch_size, args.seed), args, device, own_batch
+        )
+        own_val = val_indices[distributed.rank() :: distributed.world_size()].tolist()
+        val_loader = make_loader(val_set, own_val, args, device, own_batch)
+        if distributed.is_main():
+            write_options(Path("Model", f"{state.run}.yml"), args)
+            print(
+                f"{state.run}: {len(train_indices)} training and {len(val_indices)} validation frames, "
+                f"seed {args.seed}, {distributed.world_size()} x {device}"
+            )
+        with state.open_logs(), caught_signals(state):
+            while state.epoch < args.epoch:
+                train_epoch(state, train_loader, val_loader, device)
+        return state.finish()
+    finally:
+        distributed.stop()
+
+
+def train_epoch(state, train_loader, val_loader, device):
+    """Train and validate one epoch, or the rest of one, and record it."""
+    args, started = state.args, time.perf_counter()
+    train_loader.sampler.epoch, train_loader.sampler.start = state.epoch, state.progress.step
+    try:
+        train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, state.progress, state)
+        val_mm, val_loss = validate(state.network, val_loader, device, args, state.progress)
+    except UserError:
+        state.save(state.progress)
+        raise
+    state.end_epoch(
+        {
+            "epoch": state.epoch + 1,
+            "loss": state.progress.loss_sum / max(state.progress.good_steps, 1),
+            "val_loss": val_loss,
+            "val_mm": val_mm,
+            "lr": state.scheduler.get_last_lr()[0],
+            "bad_steps": state.progress.bad_steps,
+            "refused": state.progress.refused,
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+    )
+    val_set, index = val_loader.dataset.dataset, val_loader.sampler[0]
+    if distributed.is_main():
+        state.board.add_image(
+            "true and predicted",
+            picture_of(state.network, val_set, index, device, args),
+            state.epoch,
+            dataformats="HWC",
+        )
+
+
+def folds(args):
+    """Return a copy of the options for each subject that --subject names."""
+    subjects = range(MSRADataset.subjects) if args.subject == "all" else [args.subject]
+    return [Namespace(**{**vars(args), "subject": subject}) for subject in subjects]
+
+
+def load_network(path, joints):
+    """Build the network a checkpoint describes. Raises UserError where it is damaged or has other joints."""
+    checkpoint = load_checkpoint(path)
+    try:
+        network = from_checkpoint(checkpoint)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this network: {str(error).splitlines()[0]}") from error
+    if network.joints != joints:
+        raise UserError(f"{path} predicts {network.joints} joints, this data set has {joints}")
+    return network
+
+
+def test(args):
+    """Predict a test split, write Result/<run>.txt and print the speed and, with labels, the errors.
+
+    Returns (result lines, joints uvd, labels uvd or None). Raises UserError for what the user can mend.
+    """
+    device = resolve_device(args.device, args.gpu_id)
+    cls, run = DATASETS[args.dataset], run_name(args)
+    network = load_network(args.model or checkpoint_path(run, args.seed), cls.joint_number)
+    label_size = network.param["label_size"]
+    fold = {"subject": args.subject} if cls is MSRADataset else {}
+    dataset = cls(
+        path=args.data_dir,
+        dataset="test",
+        test_only=True,
+        process_mode=args.process_mode,
+        label_size=label_size,
+        image_size=2 * label_size,
+        **fold,
+    )
+    started = time.perf_counter()
+    joints_uvd, refused = predict(network, dataset, args, device)
+    print(f"{run}: {len(dataset) / (time.perf_counter() - started):.1f} frames a second on {device}")
+    for error in refused[:10]:
+        print(f"warning: {error}; its joints are written as zeros")
+    if len(refused) > 10:
+        print(f"warning: so are those of {len(refused) - 10} more frames")
+    lines = result_lines(dataset, joints_uvd)
+    write_results(Path("Result", f"{run}.txt"), lines)
+    labels_uvd = None if args.dataset == "HAND17" else test_labels_uvd(args.dataset, args.data_dir, **fold)
+    return lines, joints_uvd, labels_uvd
+
+
+def test_and_evaluate(args):
+    """Test as the options say and print the evaluation table; MSRA's `all` merges the nine subjects.
+
+    The merged result file is in the community's order: subject, gesture, frame.
+    """
+    if args.dataset != "MSRA":
+        results, title = [test(args)], run_name(args)
+    else:
+        results = [test(fold) for fold in folds(args)]
+        title = run_name(args) if len(results) == 1 else f"MSRA_{args.suffix}"
+    lines, joints_uvd, labels_uvd = zip(*results)
+    if len(results) > 1:
+        write_results(Path("Result", f"{title}.txt"), sum(lines, []))
+    if labels_uvd[0] is not None:
+        protocol = PROTOCOLS[args.dataset]
+        error_mm = joint_errors_mm(
+            protocol.to_xyz(np.concatenate(joints_uvd)), protocol.to_xyz(np.concatenate(labels_uvd))
+        )
+        print(format_table({title: summarise(error_mm, protocol.split)}, protocol.joint_names))
+
+
+def result_lines(dataset, joints_uvd):
+    """Return the lines of a result file: uvd, or HAND17's file name and xyz."""
+    if dataset.name != "HAND17":
+        return [
+            " ".join(f"{n:.3f}" for n in frame) for frame in joints_uvd.reshape(len(joints_uvd), -1).tolist()
+        ]
+    joints_xyz = dataset.uvd2xyz(joints_uvd).reshape(len(joints_uvd), -1)
+    return [
+        "\t".join([f"frame\\images\\{dataset.frame_path(index).name}", *(f"{n:.3f}" for n in frame)])
+        for index, frame in enumerate(joints_xyz.tolist())
+    ]
+
+
+def write_results(path, lines):
+    """Write a result file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+    print(f"{path}: {len(lines)} frames")

@@ -1,0 +1,267 @@
+"""The state of a training run: what it needs to go on, how it is written, and what it depended on."""
+
+import hashlib
+import json
+import platform
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import yaml
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import distributed
+from checkpoints import load_checkpoint, random_states, restore_random_states, save_checkpoint
+from engine import REPORT_STEPS, Progress
+from utils import Stopped, UserError, atomic_path, write_curves
+
+# Options that may differ when a run is resumed: they do not change what is computed.
+FREE_OPTIONS = {
+    "config",
+    "data_dir",
+    "num_workers",
+    "device",
+    "gpu_id",
+    "epoch",
+    "resume",
+    "save_minutes",
+    "skip_bad",
+    "max_bad_steps",
+    "compile",
+}
+
+
+def run_name(args):
+    """Return the name that a run's checkpoints, logs and results share."""
+    fold = f"_subject{args.subject}" if args.dataset == "MSRA" else ""
+    return f"{args.dataset}_{args.suffix}{fold}"
+
+
+def checkpoint_path(run, which):
+    """Return the file of a run's checkpoint: an epoch's number, `final` or `last`."""
+    return Path("Model", f"{run}_{which}.pt")
+
+
+def build_optimizer(args, parameters):
+    """Return AdamW or SGD as the options ask, fused (see engine.train_step)."""
+    shared = dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    if args.opt == "sgd":
+        return torch.optim.SGD(parameters, momentum=args.beta1, **shared)
+    return torch.optim.AdamW(parameters, betas=(args.beta1, args.beta2), **shared)
+
+
+class RunState:
+    """All that a run needs to go on where it stopped, and how it is written and read back."""
+
+    def __init__(self, args, network, splits):
+        self.run, self.args, self.network = run_name(args), args, network
+        self.parallel = network
+        if distributed.world_size() > 1:
+            self.parallel = DistributedDataParallel(
+                network, [args.gpu_id] if args.device != "cpu" and torch.cuda.is_available() else None
+            )
+        self.optimizer = build_optimizer(args, network.parameters())
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, args.decay_epoch, args.lr_decay)
+        self.epoch, self.records, self.progress = 0, [], Progress()
+        self.provenance = provenance(args, splits)
+        self.signal, self.saved_at, self.unsaved = 0, time.monotonic(), {}
+        self.board = None
+
+    @contextmanager
+    def open_logs(self):
+        """Keep TensorBoard's log open in the main process."""
+        if not distributed.is_main():
+            yield
+            return
+        # TensorBoard takes seconds to import, which no other script should pay.
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(Path("logs", self.run), purge_step=self.epoch + 1) as self.board:
+            yield
+
+    def checkpoint(self):
+        """Return the published form of a checkpoint, with the provenance of the run."""
+        return {
+            "state_dict": self.network.state_dict(),
+            "seed": self.args.seed,
+            "model_param": self.network.param,
+            "dataset": self.args.dataset,
+            **self.provenance,
+        }
+
+    def due(self, step):
+        """Return whether to save after `step`: on a signal, or --save_minutes after the last time.
+
+        Several processes have to agree, which they do once in REPORT_STEPS steps.
+        """
+        late = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
+        if distributed.world_size() > 1:
+            if step % REPORT_STEPS:
+                return False
+            wishes = torch.tensor([self.signal, int(late)], device=next(self.network.parameters()).device)
+            self.signal, late = distributed.reduce(wishes, "max").tolist()
+        return bool(self.signal or late)
+
+    def save(self, progress):
+        """Write Model/<run>_last.pt; raise Stopped when a signal asked for the end."""
+        self.progress, self.saved_at = progress, time.monotonic()
+        path = checkpoint_path(self.run, "last")
+        if distributed.is_main():
+            self.write(
+                path,
+                {
+                    **self.checkpoint(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "epoch": self.epoch,
+                    "progress": asdict(progress),
+                    "records": self.records,
+                    "random": random_states(),
+                },
+            )
+        if self.signal:
+            raise Stopped(
+                f"stopped by {signal.Signals(self.signal).name} in epoch {self.epoch + 1} after step "
+                f"{progress.step}; go on with the same command and --resume",
+                128 + self.signal,
+            )
+
+    def restore(self, saved):
+        """Take over what `save` wrote."""
+        self.network.load_state_dict(saved["state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.epoch, self.records = saved["epoch"], saved["records"]
+        self.progress = Progress(**saved["progress"])
+        restore_random_states(saved["random"])
+
+    def write(self, path, checkpoint):
+        """Save a checkpoint, and those that failed before; where that fails warn, keep it and go on."""
+        self.unsaved[path] = checkpoint
+        for path, checkpoint in list(self.unsaved.items()):
+            try:
+                save_checkpoint(path, checkpoint)
+                del self.unsaved[path]
+            except UserError as error:
+                tqdm.write(f"WARNING: {error}. Training goes on; {path} is tried again at the next save")
+
+    def end_epoch(self, record):
+        """Record an epoch: checkpoint, state, metrics.jsonl, TensorBoard and one line on screen."""
+        self.scheduler.step()
+        self.records.append(record)
+        self.epoch += 1
+        if distributed.is_main():
+            # A copy, for the weights go on changing should the disk be full now.
+            self.write(
+                checkpoint_path(self.run, self.epoch),
+                {
+                    **self.checkpoint(),
+                    "record": record,
+                    "state_dict": {name: value.clone() for name, value in self.network.state_dict().items()},
+                },
+            )
+            with atomic_path(Path("logs", self.run, "metrics.jsonl")) as temporary:
+                temporary.write_text("".join(f"{json.dumps(r)}\n" for r in [self.provenance, *self.records]))
+            for key in ("loss", "val_loss", "val_mm", "lr"):
+                self.board.add_scalar(key, record[key], self.epoch)
+            print(f"epoch {self.epoch:>3}  loss {record['loss']:.4f}  val {record['val_mm']:.2f} mm")
+        self.save(Progress())
+
+    def finish(self):
+        """Make the best epoch the final checkpoint; print best and last, return (epoch, best mm, last mm)."""
+        best, last = min(self.records, key=lambda record: record["val_mm"]), self.records[-1]
+        if distributed.is_main():
+            final = checkpoint_path(self.run, "final")
+            save_checkpoint(final, load_checkpoint(checkpoint_path(self.run, best["epoch"])))
+            write_curves(Path("logs", self.run, "curves.png"), self.records)
+            print(
+                f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "
+                f"{last['val_mm']:.2f} mm; {final} is the best"
+            )
+        return best["epoch"], best["val_mm"], last["val_mm"]
+
+
+def load_state(args):
+    """Return the saved state that --resume asks for, or None.
+
+    Raises UserError where there is none, or it was made with other options.
+    """
+    path = checkpoint_path(run_name(args), "last")
+    if args.resume is None or args.resume == "auto" and not path.is_file():
+        return None
+    saved = load_checkpoint(
+        path,
+        needed=("state_dict", "optimizer", "scheduler", "epoch", "progress", "records", "random", "options"),
+    )
+    if args.resume == "auto" and distributed.is_main():
+        print(f"resuming from {path}, epoch {saved['epoch'] + 1}, step {saved['progress']['step']}")
+    now = resolved_options(args)
+    for key, value in saved["options"].items():
+        seed_free = key == "seed" and args.seed == 0
+        if key in now and key not in FREE_OPTIONS and now[key] != value and not seed_free:
+            raise UserError(
+                f"--{key} is {now[key]} here and {value} in {path}: give the same, or leave --resume out"
+            )
+    return saved
+
+
+@contextmanager
+def caught_signals(state):
+    """Let SIGTERM and SIGINT end the run after the current step instead of at once."""
+
+    def note(number, _):
+        state.signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def provenance(args, splits):
+    """Return what a run's result depends on: options, seed, versions, commit and the index files' hash."""
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        with (split.root / split.index_name()).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+    }
+    return {
+        "options": resolved_options(args),
+        "versions": versions,
+        "commit": commit or None,
+        "index": digest.hexdigest(),
+    }
+
+
+def resolved_options(args):
+    """Return the options as plain values that YAML and JSON hold and --config reads."""
+    skipped = ("config", "resume", "dataset") if args.dataset == "MSRA" else ("config", "resume")
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(args).items()
+        if key not in skipped
+    }
+
+
+def write_options(path, args):
+    """Write the options as resolved to a YAML file that --config reads."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(resolved_options(args), sort_keys=False))
