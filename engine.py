@@ -44,22 +44,28 @@ def forward_losses(network, samples, args):
     return outputs, losses(outputs, samples.uvd, targets, args.alpha, args.lambda_h, args.lambda_d)
 
 
-def train_step(network, optimizer, samples, args):
-    """Take one optimiser step; return (loss, 1 where the step was not applied else 0), on the device.
+def train_step(network, optimizer, samples, args, frames=None):
+    """Take one optimiser step; return [mean loss, 1 where the step was not applied else 0] on the device.
 
     A step whose loss or gradient is not finite, in any process, leaves weights and moments as they are.
+    Where several processes share a step, `frames` is how many of its frames this one has, so that
+    each frame counts alike.
     """
     _, terms = forward_losses(network, samples, args)
     loss = sum(terms.values())
+    if distributed.world_size() > 1 and frames is not None:
+        mean_frames = distributed.reduce(torch.full_like(loss, frames)) / distributed.world_size()
+        loss = loss * (frames / mean_frames)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     loss = loss.detach()
     norm = clip_grad_norm_(network.parameters(), float("inf"))  # clips nothing: it measures
-    bad = distributed.reduce((~torch.isfinite(norm + loss)).float(), "max")
+    outcome = distributed.reduce(torch.stack([loss, (~torch.isfinite(norm + loss)).to(loss)]))
+    bad = (outcome[1] > 0).float()
     # Fused optimisers skip the step on the device where this is 1, without the host having to look.
     optimizer.found_inf = bad
     optimizer.step()
-    return loss, bad
+    return torch.stack([outcome[0] / distributed.world_size(), bad])
 
 
 def train_one_epoch(network, loader, optimizer, device, args, progress, state):
@@ -79,15 +85,14 @@ def train_one_epoch(network, loader, optimizer, device, args, progress, state):
         leave=False,
         disable=not distributed.is_main(),
     )
-    with bar:
-        for batch in batches(loader, args, progress):
-            if batch.refused:
-                settle(waiting, progress, dataset, args.max_bad_steps)
-                note_refused(batch.refused, args, progress)
-            if batch.samples is not None:
-                waiting.append(
-                    (*train_step(network, optimizer, to_device(batch.samples, device), args), batch.indices)
-                )
+    try:
+        for samples, indices, refused in batches(loader, args, progress.step):
+            note_refused(refused, args, progress)
+            if samples is None and distributed.world_size() > 1:
+                samples = empty_samples(dataset)
+            if samples is not None:
+                outcome = train_step(network, optimizer, to_device(samples, device), args, len(indices))
+                waiting.append((outcome, indices))
             progress.step += 1
             bar.update()
             due = state.due(progress.step)
@@ -96,34 +101,45 @@ def train_one_epoch(network, loader, optimizer, device, args, progress, state):
                 bar.set_postfix(loss=f"{progress.loss_sum / max(progress.good_steps, 1):.4f}")
             if due:
                 state.save(progress)
+    finally:
         settle(waiting, progress, dataset, args.max_bad_steps)
+        bar.close()
 
 
-def batches(loader, args, progress):
-    """Yield the batches from `progress.step` on; with args.skip_bad pass over one where a worker died."""
+def batches(loader, args, start=0):
+    """Yield the batches from `start` on; with args.skip_bad a frame at which a worker dies is refused."""
+    deadly = loader.dataset.deadly
     while True:
-        loader.sampler.start = progress.step
+        loader.sampler.start = start
         try:
-            yield from batches_of(loader)
+            for batch in batches_of(loader):
+                start += 1
+                yield batch
             return
         except WorkerDied as error:
-            if not args.skip_bad or distributed.world_size() > 1:
+            if not args.skip_bad or deadly.issuperset(error.indices):
                 raise
-            tqdm.write(f"warning: {error}; skipped a batch")
-            progress.refused += loader.batch_size
-            progress.step += 1
+            deadly.update(error.indices)
+
+
+def empty_samples(dataset):
+    """Return a batch of one empty frame, for a process that has no frame of a step that others take."""
+    image, label = torch.zeros(1, 1, *[dataset.image_size] * 2), torch.zeros(1, 1, *[dataset.label_size] * 2)
+    number, none = torch.zeros(1), torch.empty(0)
+    uvd = torch.zeros(1, dataset.joint_number, 3)
+    return Sample(image, label, label, number, number, torch.zeros(1, 3), uvd, none, none)
 
 
 def settle(waiting, progress, dataset, max_bad_steps):
-    """Read what steps left on the device, [(loss, bad, frame indices)], into `progress`; report bad steps.
+    """Move steps' outcomes, [(outcome on the device, frame indices)], into `progress`; report bad steps.
 
     Raises BadNumbers after more than `max_bad_steps` bad ones in a row.
     """
     if not waiting:
         return
-    read = torch.stack([torch.stack((loss, bad)) for loss, bad, _ in waiting])
-    read[:, 0] = distributed.reduce(read[:, 0].clone()) / distributed.world_size()
-    for (loss, bad), (_, _, indices) in zip(read.tolist(), waiting):
+    outcomes, frames = torch.stack([outcome for outcome, _ in waiting]).tolist(), [f for _, f in waiting]
+    waiting.clear()
+    for (loss, bad), indices in zip(outcomes, frames):
         if not bad:
             progress.loss_sum += loss
             progress.good_steps += 1
@@ -132,13 +148,12 @@ def settle(waiting, progress, dataset, max_bad_steps):
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
         names = ", ".join(str(dataset.frame_path(index)) for index in indices)
-        tqdm.write(f"warning: loss or gradient not finite, step not applied; its frames: {names}")
+        tqdm.write(f"warning: loss or gradient not finite, step not applied; its frames: {names or 'none'}")
         if progress.bad_in_a_row > max_bad_steps:
             raise BadNumbers(
-                f"{progress.bad_in_a_row} steps in a row were not finite (--max_bad_steps "
-                f"{max_bad_steps}): lower --lr, or look at the frames named above"
+                f"{progress.bad_in_a_row} steps in a row were not finite (--max_bad_steps {max_bad_steps}): "
+                "lower --lr, or look at the frames named above"
             )
-    waiting.clear()
 
 
 def note_refused(refused, args, progress):
@@ -152,21 +167,26 @@ def note_refused(refused, args, progress):
 
 
 @torch.no_grad()
-def validate(network, loader, device, args, progress):
-    """Return the mean 3D joint error (mm) and mean loss over a split of which this process has a part."""
+def validate(network, loader, device, args, progress, state):
+    """Return the mean 3D joint error (mm) and mean loss over a split of which this process has a part.
+
+    `state` is asked as in `train_one_epoch`; a run that goes on validates from the first batch.
+    """
     network.eval()
-    dataset = loader.dataset.dataset
+    dataset, checked = loader.dataset.dataset, Progress()
     sums = torch.zeros(3, dtype=torch.float64)  # error mm, loss, frames
     bar = tqdm(
-        batches_of(loader),
+        batches(loader, args),
         desc="validate",
-        total=len(loader),
+        total=-(-len(loader.sampler.indices) // loader.batch_size),
         unit="step",
         leave=False,
         disable=not distributed.is_main(),
     )
-    for batch in bar:
-        note_refused(batch.refused, args, progress)
+    for step, batch in enumerate(bar):
+        if 0 < step <= loader.sampler.common_steps and state.due(step):
+            state.save(progress)
+        note_refused(batch.refused, args, checked)
         if batch.samples is None:
             continue
         outputs, terms = forward_losses(network, to_device(batch.samples, device), args)
@@ -179,6 +199,7 @@ def validate(network, loader, device, args, progress):
     error_mm, loss, frames = distributed.reduce(sums.to(device)).tolist()
     if not frames:
         raise UserError("no validation frame could be used")
+    progress.refused += checked.refused
     return error_mm / frames, loss / frames
 
 

@@ -1,6 +1,7 @@
 """Batches for the loops: sampling order, refused frames, workers and transfer to the device."""
 
 import signal
+import threading
 from typing import NamedTuple
 
 import cv2
@@ -22,34 +23,42 @@ class Batch(NamedTuple):
 
 
 class WorkerDied(UserError):
-    """A loading process was killed, or crashed in native code."""
+    """A loading process was killed, or crashed in native code, while it read the frames `indices`."""
+
+    def __init__(self, message, indices):
+        super().__init__(message)
+        self.indices = indices
 
 
 class Frames(Dataset):
     """A data set whose refused frames come back as FrameError values instead of ending the worker.
 
-    An item is (index, Sample or FrameError). `reading` tells, should one of `workers` die, which
-    frame each was at.
+    An item is (index, Sample or UserError). `reading` tells, should one of `workers` die, which
+    frame each was at; those in `deadly` are refused unread.
     """
 
     def __init__(self, dataset, workers):
         self.dataset = dataset
         self.reading = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
+        self.deadly = set()
 
     def __getitem__(self, key):
         index = key[0] if isinstance(key, tuple) else key
         if worker := get_worker_info():
             self.reading[worker.id] = index
         try:
+            if index in self.deadly:
+                raise FrameError(self.dataset.frame_path(index), "a loading process died while it read this")
             return index, self.dataset[key]
-        except FrameError as error:
+        except UserError as error:
+            # From a worker, torch would hand on an exception as a page of text.
             return index, error
 
 
 def collate(items):
     """Gather what `Frames` returns into a Batch."""
-    good = [(index, sample) for index, sample in items if not isinstance(sample, FrameError)]
-    refused = [error for _, error in items if isinstance(error, FrameError)]
+    good = [(index, sample) for index, sample in items if not isinstance(sample, UserError)]
+    refused = [error for _, error in items if isinstance(error, UserError)]
     samples = default_collate([sample for _, sample in good]) if good else None
     return Batch(samples, [index for index, _ in good], refused)
 
@@ -92,7 +101,25 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         own = self._keys()[self.start :, distributed.rank()].reshape(-1, 2)
-        return (tuple(key) for key in own.tolist())
+        return (tuple(key.tolist()) for key in own)
+
+
+class PartSampler(Sampler):
+    """This process's part of frames of which each is taken once, in order, from batch `start` on.
+
+    `common_steps` is how many whole batches of `batch_size` frames every process has.
+    """
+
+    def __init__(self, indices, batch_size):
+        world = distributed.world_size()
+        self.indices, self.batch_size = indices[distributed.rank() :: world], batch_size
+        self.common_steps, self.start = len(indices) // world // batch_size, 0
+
+    def __len__(self):
+        return max(len(self.indices) - self.start * self.batch_size, 0)
+
+    def __iter__(self):
+        return iter(self.indices[self.start * self.batch_size :].tolist())
 
 
 def make_loader(dataset, sampler, args, device, batch_size):
@@ -114,24 +141,42 @@ def make_loader(dataset, sampler, args, device, batch_size):
 def _start_worker(_):
     # One process a core: OpenCV's own threads would only fight over them.
     cv2.setNumThreads(0)
-    # A signal to the whole process group is the main process's to answer.
+    # Ctrl-C goes to the whole process group, and is the main process's to answer; SIGTERM has to end
+    # a worker, for that is how Python ends those that are left at its exit.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def batches_of(loader):
-    """Yield a loader's batches; raise WorkerDied, with the frames being read, where a worker dies."""
+    """Yield a loader's batches; raise WorkerDied, with the frame being read, where a worker dies.
+
+    Raises any UserError that is not about one frame.
+    """
+    iterator = iter(loader)
+    if loader.num_workers and threading.current_thread() is threading.main_thread():
+        # Torch would raise a worker's death wherever the main thread is, in the middle of a step
+        # too. Without its handler the death is found when the worker's batch is waited for.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        yield from loader
+        for batch in iterator:
+            for error in batch.refused:
+                if not isinstance(error, FrameError):
+                    raise error
+            yield batch
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        workers = getattr(iterator, "_workers", [])
+        dead = [worker for worker, process in enumerate(workers) if not process.is_alive()]
+        if not dead:
             raise
         loader._iterator = None  # the next use must not wait for the dead worker
+        iterator._shutdown_workers()
         frames = loader.dataset
-        names = [str(frames.dataset.frame_path(index)) for index in frames.reading.tolist() if index >= 0]
+        indices = [index for index in frames.reading[dead].tolist() if index >= 0]
+        names = ", ".join(str(frames.dataset.frame_path(index)) for index in indices)
         raise WorkerDied(
-            f"a loading process died while these were read: {', '.join(names)} "
-            "(out of memory? fewer --num_workers)"
+            f"a loading process died while it read {names or 'nothing yet'} "
+            "(out of memory? fewer --num_workers)",
+            indices,
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import distributed
 from checkpoints import draw_seed, load_checkpoint, resolve_device, seed_everything
 from datasets import DATASETS, MSRADataset, test_labels_uvd
 from engine import picture_of, predict, train_one_epoch, validate
-from loading import EpochSampler, make_loader
+from frames import FrameError
+from loading import EpochSampler, PartSampler, make_loader
 from metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
 from model import PixelwiseRegression, from_checkpoint
 from runstate import RunState, caught_signals, checkpoint_path, load_state, run_name, write_options
@@ -80,23 +82,21 @@ def train(args):
     args.gpu_id = distributed.start(args.device, args.gpu_id)
     try:
         device = resolve_device(args.device, args.gpu_id)
-        saved = load_state(args)
+        saved = distributed.share(load_state(args) if distributed.is_main() else None)
         args.seed = saved["seed"] if saved else distributed.share(args.seed or draw_seed())
         seed_everything(args.seed)
         train_set, train_indices, val_set, val_indices = open_splits(args)
-        if args.batch_size > len(train_indices):
-            args.batch_size = len(train_indices)
-            print(f"batch_size: {args.batch_size}, for there are no more training frames")
+        batch_size = min(args.batch_size, len(train_indices))
+        if batch_size < args.batch_size:
+            print(f"batches of {batch_size}, for there are no more training frames")
         network = build_network(args, train_set.joint_number, device)
         state = RunState(args, network, (train_set, val_set))
         if saved:
             state.restore(saved)
-        own_batch = args.batch_size // distributed.world_size()
-        train_loader = make_loader(
-            train_set, EpochSampler(train_indices, args.batch_size, args.seed), args, device, own_batch
-        )
-        own_val = val_indices[distributed.rank() :: distributed.world_size()].tolist()
-        val_loader = make_loader(val_set, own_val, args, device, own_batch)
+        sampler = EpochSampler(train_indices, batch_size, args.seed)
+        own_batch = batch_size // distributed.world_size()
+        train_loader = make_loader(train_set, sampler, args, device, own_batch)
+        val_loader = make_loader(val_set, PartSampler(val_indices, own_batch), args, device, own_batch)
         if distributed.is_main():
             write_options(Path("Model", f"{state.run}.yml"), args)
             print(
@@ -117,30 +117,29 @@ def train_epoch(state, train_loader, val_loader, device):
     train_loader.sampler.epoch, train_loader.sampler.start = state.epoch, state.progress.step
     try:
         train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, state.progress, state)
-        val_mm, val_loss = validate(state.network, val_loader, device, args, state.progress)
+        if not state.progress.good_steps:
+            raise UserError(f"no step of epoch {state.epoch + 1} could be applied: see the warnings above")
+        val_mm, val_loss = validate(state.network, val_loader, device, args, state.progress, state)
     except UserError:
         state.save(state.progress)
         raise
     state.end_epoch(
         {
             "epoch": state.epoch + 1,
-            "loss": state.progress.loss_sum / max(state.progress.good_steps, 1),
+            "loss": state.progress.loss_sum / state.progress.good_steps,
             "val_loss": val_loss,
             "val_mm": val_mm,
             "lr": state.scheduler.get_last_lr()[0],
             "bad_steps": state.progress.bad_steps,
-            "refused": state.progress.refused,
+            "refused": distributed.total(state.progress.refused, device),
             "seconds": round(time.perf_counter() - started, 2),
         }
     )
-    val_set, index = val_loader.dataset.dataset, val_loader.sampler[0]
     if distributed.is_main():
-        state.board.add_image(
-            "true and predicted",
-            picture_of(state.network, val_set, index, device, args),
-            state.epoch,
-            dataformats="HWC",
-        )
+        with suppress(FrameError):
+            index = int(val_loader.sampler.indices[0])
+            picture = picture_of(state.network, val_loader.dataset.dataset, index, device, args)
+            state.log("add_image", "true and predicted", picture, state.epoch, dataformats="HWC")
 
 
 def folds(args):
@@ -153,12 +152,28 @@ def load_network(path, joints):
     """Build the network a checkpoint describes. Raises UserError where it is damaged or has other joints."""
     checkpoint = load_checkpoint(path)
     try:
+        _check_size(checkpoint)
         network = from_checkpoint(checkpoint)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this network: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:120]}") from error
     if network.joints != joints:
         raise UserError(f"{path} predicts {network.joints} joints, this data set has {joints}")
     return network
+
+
+def _check_size(checkpoint):
+    """Raise ValueError where `model_param` is not that of the weights: it might ask for all memory."""
+    param, weights = checkpoint["model_param"], checkpoint["state_dict"]
+    sizes = {
+        "features": len(weights["stages.0.conv.weight"]),
+        "label_size": weights["stages.0.plane_regression.filter"].shape[-1],
+        "kernel_size": weights["conv.0.weight"].shape[-1],
+    }
+    wrong = [f"{name} {param[name]}" for name, size in sizes.items() if param.get(name, size) != size]
+    if param["stage"] * (param["level"] + 1) > len(weights):
+        wrong.append(f"stage {param['stage']} and level {param['level']}")
+    if wrong:
+        raise ValueError(f"the weights are not those of {', '.join(wrong)}")
 
 
 def test(args):

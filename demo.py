@@ -1,0 +1,96 @@
+"""Show the whole job on rendered hands: render, check, train, test, and leave pictures.
+
+python demo.py
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from annotations import build_index
+from datasets import HAND17Dataset
+from engine import picture_of
+from evaluate import plot_errors, read_joints
+from metrics import PROTOCOLS, joint_errors_mm
+from options import parse_test, parse_train
+from runs import load_network, open_splits, test, train
+from runstate import checkpoint_path, run_name
+from synthetic import write_dataset
+from transforms import joints_to_crop
+from utils import draw_crop, run, write_picture
+
+DATA = Path("Data", "synthetic", "HAND17")
+PICTURES = Path("Result", "demo")
+FRAMES = {"train": 2000, "test": 200}
+COMMON = ["--dataset", "HAND17", "--data_dir", str(DATA), "--suffix", "demo", "--device", "cpu"]
+# A network of a hundredth of the published one's arithmetic, and a schedule to match.
+TRAINING = [
+    *("--features", "32", "--label_size", "32", "--level", "3", "--stages", "1"),
+    *("--epoch", "12", "--decay_epoch", "9", "--lr", "3e-3", "--seed", "1", "--resume", "auto"),
+]
+
+
+def mean_pose(train_set, test_set):
+    """Return the joints [N, J, 3] xyz that the mean training pose gives at each test frame's centre, mm."""
+
+    def centers(frames):
+        return frames.uvd2xyz(np.stack([frames.center_uvd(index) for index in range(len(frames))]))
+
+    joints_xyz = np.stack([train_set.joints(index) for index in range(len(train_set))])
+    pose = (joints_xyz - centers(train_set)[:, None]).mean(axis=0)
+    return centers(test_set)[:, None] + pose
+
+
+def load_or_render():
+    """Return the rendered data set's train and test splits, rendered and checked unless they exist."""
+    if not DATA.exists():
+        print(f"rendering {FRAMES['train']} training and {FRAMES['test']} test frames into {DATA}")
+        write_dataset("HAND17", FRAMES, 1, DATA, os.cpu_count())
+    build_index("HAND17", DATA)
+    return HAND17Dataset(path=DATA, dataset="train"), HAND17Dataset(path=DATA, dataset="test", test_only=True)
+
+
+def draw_frames(dataset, rows_uvd, columns=6):
+    """Return an RGB picture of the first crops, a row for each of `rows_uvd` (joints [N, J, 3] uvd)."""
+    rows = []
+    for joints_uvd in rows_uvd:
+        tiles = []
+        for index in range(columns):
+            sample = dataset.sample(index)
+            uvd = joints_to_crop(
+                joints_uvd[index], sample.com.numpy(), sample.box_size.item(), dataset.image_size
+            )
+            tiles.append(draw_crop(sample.img[0].numpy(), uvd / (dataset.image_size - 1), dataset.config))
+        rows.append(np.hstack(tiles))
+    return np.vstack(rows)
+
+
+def main():
+    """Run the demo; what exists from an earlier run is used again."""
+    train_set, test_set = load_or_render()
+    options = parse_train("", [*COMMON, *TRAINING])
+    train(options)
+    _, predicted_uvd, _ = test(parse_test("", COMMON))
+    true_xyz = read_joints(DATA / "frame" / "test_annotation.txt", test_set.joint_number)
+    errors_mm = {
+        "network": joint_errors_mm(test_set.uvd2xyz(predicted_uvd), true_xyz),
+        "mean pose": joint_errors_mm(mean_pose(train_set, test_set), true_xyz),
+    }
+    write_picture(PICTURES / "frames.png", draw_frames(test_set, (test_set.xyz2uvd(true_xyz), predicted_uvd)))
+    plot_errors(PICTURES / "errors.png", errors_mm, PROTOCOLS["HAND17"].joint_names, "Rendered hands")
+    network = load_network(checkpoint_path(run_name(options), "final"), test_set.joint_number)
+    _, _, val_set, _ = open_splits(options)
+    picture = picture_of(network.eval(), val_set, 0, torch.device("cpu"), options)
+    write_picture(PICTURES / "heatmaps.png", picture)
+    for name, error_mm in errors_mm.items():
+        print(
+            f"{name}: mean error {error_mm.mean():.1f} mm on {len(error_mm)} frames that were not trained on"
+        )
+    print(f"pictures: frames.png (true above predicted), errors.png and heatmaps.png in {PICTURES}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

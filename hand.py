@@ -1,0 +1,494 @@
+"""Parametric human hand in torch: people, poses, joints and surface.
+
+Every random choice enters as a row of uniform numbers (see `Noise`), so that a hand depends on nothing but
+its own row: the same bytes on any number of cores and in any batch, and one `torch.rand` draws a batch on a
+GPU.
+
+Hand frame, right hand: origin at the wrist, x radial (to the thumb), y proximal (to the forearm), z dorsal.
+With no rotation it is the camera frame: palm to the camera, fingers up, thumb on the picture's right. Left
+hands are mirrored in x. Unless said otherwise lengths are mm, angles radians, points are in the camera frame
+(x right, y down, z away).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from render import Surface, build_surface
+
+# Mean and standard deviation of bone lengths in mm: metacarpal, proximal, middle, distal phalanx (thumb: way
+# from the wrist to its carpometacarpal joint, metacarpal, proximal, distal). Buryanov & Kotiuk 2010,
+# Proportions of Hand Segments, Int. J. Morphol. 28(3):755-758; the first number of the thumb
+# from the CARPAL_MM below.
+BONES_MM = (
+    (30.0, 46.22, 31.57, 21.67),
+    (68.12, 39.78, 22.38, 15.82),
+    (64.60, 44.63, 26.33, 17.40),
+    (58.00, 41.37, 25.65, 17.30),
+    (53.69, 32.74, 18.11, 15.96),
+)
+BONES_SD_MM = (
+    (2.5, 3.94, 3.13, 1.60),
+    (6.27, 4.94, 2.51, 2.26),
+    (5.38, 3.81, 3.00, 1.85),
+    (5.06, 3.87, 3.29, 2.22),
+    (4.36, 2.77, 2.54, 2.45),
+)
+BONE_LIMIT_SD = 2.5  # no bone further from its mean than this many standard deviations
+SOFT_TIP_MM = 3.9  # flesh beyond the distal phalanx (same paper)
+SIZE_SHARE = 0.8  # share of a bone's variation that is the whole hand's size, the rest is its own
+# Girth over the mean hand's: hand breadth 79.4 +- 3.8 mm (women) to 90.4 +- 4.2 mm (men), Greiner 1991, Hand
+# Anthropometry of U.S. Army Personnel, TR-92/011.
+GIRTH_LIMITS = (0.82, 1.2)
+
+# Anatomical limits in degrees. Fingers: flexion 0..90 (MCP), 0..110 (PIP), abduction +-15, DIP = 2/3 PIP from
+# Lin, Wu & Huang 2000, Modeling the Constraints of Human Hand Motion; hyperextension, thumb and wrist within
+# the ranges of the American Academy of Orthopaedic Surgeons, Joint Motion, 1965 (thumb abduction 0..70, MCP
+# 0..50, IP 0..80, wrist flexion -70..80, deviation -20 (radial) .. 30 (ulnar)).
+LIMITS_DEG = {
+    "thumb_radial": (0, 65),
+    "thumb_palmar": (0, 65),
+    "thumb_mcp": (-5, 55),
+    "thumb_ip": (-15, 80),
+    "mcp": (-20, 90),
+    "abduction": (-15, 15),
+    "pip": (0, 110),
+    "dip": (-5, 80),
+    "wrist_flexion": (-65, 70),
+    "wrist_deviation": (-30, 20),
+}
+ANGLES = (
+    "thumb_radial",
+    "thumb_palmar",
+    "thumb_mcp",
+    "thumb_ip",
+    *("mcp", "abduction", "pip", "dip") * 4,
+    "wrist_flexion",
+    "wrist_deviation",
+)
+DIP_OVER_PIP = 2 / 3
+DIP_SPREAD_DEG = 4
+
+# Thumb (radial, palmar abduction, MCP, IP) and finger (MCP, PIP) states that gestures are made of, degrees.
+THUMB = {
+    "out": (46, 14, 0, 0),
+    "side": (22, 14, 12, 10),
+    "across": (16, 46, 42, 48),
+    "in": (8, 44, 40, 30),
+    "index": (25, 43, 17, 26),
+    "middle": (19, 49, 25, 30),
+    "ring": (12, 55, 36, 34),
+    "little": (2, 56, 51, 40),
+}
+FINGER = {"S": (2, 4), "R": (22, 28), "C": (78, 98), "H": (8, 92), "F": (70, 12), "P": (58, 52)}
+# Gesture: thumb state and the states of index, middle, ring and little finger, then how far they are spread
+# (0..1).
+GESTURES = {
+    "open": ("out", "SSSS", 0.8),
+    "flat": ("side", "SSSS", 0.0),
+    "relaxed": ("side", "RRRR", 0.3),
+    "fist": ("across", "CCCC", 0.0),
+    "thumb up": ("out", "CCCC", 0.0),
+    "point": ("across", "SCCC", 0.0),
+    "gun": ("out", "SCCC", 0.0),
+    "two": ("in", "SSCC", 0.7),
+    "three": ("in", "SSSC", 0.6),
+    "three, thumb": ("out", "SSCC", 0.6),
+    "four": ("in", "SSSS", 0.6),
+    "horns": ("across", "SCCS", 0.2),
+    "Y": ("out", "CCCS", 0.3),
+    "little": ("across", "CCCS", 0.0),
+    "claw": ("out", "HHHH", 0.5),
+    "hook": ("side", "HHHH", 0.0),
+    "duck": ("index", "FFFF", 0.0),
+    "ok": ("index", "PSSS", 0.6),
+    "index pinch": ("index", "PRRR", 0.3),
+    "middle pinch": ("middle", "SPSS", 0.4),
+    "ring pinch": ("ring", "SSPS", 0.4),
+    "little pinch": ("little", "SSSP", 0.4),
+    "grasp": ("index", "PPPP", 0.2),
+    "index bent": ("across", "HCCC", 0.0),
+}
+SPREAD_DEG = (11, 3, -5, -12)  # abduction of index .. little at spread 1, to the thumb positive
+
+# Joints: the wrist, then base, middle, end joint and tip of thumb, index, middle, ring, little (thumb: CMC,
+# MCP, IP).
+JOINTS = 21
+CARPAL_MM = (
+    (19.0, -20.0, -8.0),
+    (9.0, -26.0, 1.0),
+    (0.5, -28.0, 2.0),
+    (-8.0, -25.0, 1.0),
+    (-16.0, -21.0, -2.0),
+)
+METACARPAL_DEG = (13.0, 3.0, -8.0, -19.0)  # direction of the four metacarpals in the palm's plane
+# Radii of the flesh in mm on the mean hand at base, middle, end joint and tip of thumb .. little.
+RADII_MM = (
+    (14.0, 11.8, 10.4, 8.6),
+    (11.6, 9.8, 8.5, 7.3),
+    (12.0, 10.0, 8.7, 7.4),
+    (11.4, 9.4, 8.2, 7.1),
+    (10.4, 8.3, 7.2, 6.3),
+)
+# Spheres of the surface: 4 a finger (0..19), then those that `_palm_spheres` and `_forearm_spheres` add.
+PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, WEBS, WRIST_R, WRIST_U, ELBOW_R, ELBOW_U = (
+    20,
+    21,
+    22,
+    23,
+    24,
+    (25, 26, 27),
+    28,
+    29,
+    30,
+    31,
+)
+# Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
+# Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
+HAND_WEDGES = (
+    (4, 8, PALM_INDEX),
+    (8, PALM_INDEX, PALM_LITTLE),
+    (8, 12, PALM_LITTLE),
+    (12, 16, PALM_LITTLE),
+    (0, THENAR, PALM_INDEX),
+    (0, 1, WEB_THUMB),
+    (0, PALM_INDEX, WEB_THUMB),
+    (THENAR, 1, WEB_THUMB),
+    (16, HYPOTHENAR, PALM_LITTLE),
+    (THENAR, HYPOTHENAR, PALM_LITTLE),
+    (THENAR, PALM_INDEX, PALM_LITTLE),
+    (PALM_INDEX, PALM_LITTLE, WRIST_R),
+    (PALM_LITTLE, WRIST_R, WRIST_U),
+    (0, PALM_INDEX, WRIST_R),
+    *((4 * k, 4 * k + 4, web) for k, web in enumerate(WEBS, start=1)),
+)
+HAND_CONES = tuple((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3)) + (
+    (0, THENAR),
+    (THENAR, 1),
+)
+ARM_WEDGES = ((WRIST_R, WRIST_U, ELBOW_R), (WRIST_U, ELBOW_R, ELBOW_U))
+
+GRIP_TRIES = 6  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
+OVERLAP_MM = 5.0  # flesh may be pressed this deep
+VIEW_TRIES = 3  # times that a view is drawn anew while the forearm comes towards the camera,
+TOWARDS = -0.3  # that is, by more than this share of its length
+NOISE_COLUMNS = 300  # uniform numbers that `draw_hands` and `place` use up for a hand, rounded up
+
+
+class Hands(NamedTuple):
+    """A batch of hands: people, their poses and where they are."""
+
+    bones_mm: Tensor  # [B, 5, 4], see BONES_MM
+    girth: Tensor  # [B] thickness over the mean hand's
+    angles: Tensor  # [B, 22] in the order of ANGLES
+    rotation: Tensor  # [B, 4] unit quaternion (w, x, y, z), hand frame to camera frame
+    wrist_mm: Tensor  # [B, 3] camera frame
+    left: Tensor  # [B] bool
+    forearm_mm: Tensor  # [B]
+
+
+class Noise:
+    """Hand out the columns of uniform numbers [B, N] in (0, 1) one after another."""
+
+    def __init__(self, uniform: Tensor):
+        self.values, self.used = uniform, 0
+
+    def uniform(self, count: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Return the next `count` columns [B, count], uniform between low and high."""
+        if self.used + count > self.values.shape[1]:
+            raise ValueError(
+                f"a hand needs more than {self.values.shape[1]} random numbers: raise NOISE_COLUMNS"
+            )
+        self.used += count
+        return low + (high - low) * self.values[:, self.used - count : self.used]
+
+    def normal(self, count: int) -> Tensor:
+        """Return the next `count` columns [B, count], standard normal."""
+        return torch.special.ndtri(self.uniform(count, 1e-6, 1 - 1e-6))
+
+
+def _turn(rotation: Tensor, vectors: Tensor) -> Tensor:
+    """Rotate vectors [B, N, 3] by unit quaternions [B, 4] (a matrix product would round by batch)."""
+    w, q = rotation[:, None, :1], rotation[:, None, 1:].expand_as(vectors)
+    twice = 2 * torch.linalg.cross(q, vectors)
+    return vectors + w * twice + torch.linalg.cross(q, twice)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply quaternions [B, 4]: turn by b, then by a."""
+    (aw, ax, ay, az), (bw, bx, by, bz) = a.unbind(-1), b.unbind(-1)
+    return torch.stack(
+        (
+            aw * bw - ax * bx - ay * by - az * bz,
+            aw * bx + ax * bw + ay * bz - az * by,
+            aw * by - ax * bz + ay * bw + az * bx,
+            aw * bz + ax * by - ay * bx + az * bw,
+        ),
+        -1,
+    )
+
+
+def _about(axis: tuple, angle: Tensor) -> Tensor:
+    """Return the quaternions [B, 4] of turns by angle [B] about the unit axis (x, y, z; numbers or [B])."""
+    sine = torch.sin(angle / 2)
+    return torch.stack((torch.cos(angle / 2), *(sine * part for part in axis)), -1)
+
+
+def _draw_people(noise: Noise, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw bone lengths [B, 5, 4] in mm and girths [B]."""
+    mean, deviation = like.new_tensor(BONES_MM), like.new_tensor(BONES_SD_MM)
+    size = noise.normal(1)[:, :, None]
+    own = noise.normal(20).reshape(-1, 5, 4)
+    score = SIZE_SHARE * size + math.sqrt(1 - SIZE_SHARE**2) * own
+    bones_mm = mean + deviation * score.clamp(-BONE_LIMIT_SD, BONE_LIMIT_SD)
+    girth = 1 + 0.055 * size[:, 0, 0] + 0.045 * noise.normal(1)[:, 0]
+    return bones_mm, girth.clamp(*GIRTH_LIMITS)
+
+
+def limits_rad(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower and the upper limits [22] of the angles, radians, in the order of ANGLES."""
+    low, high = zip(*(LIMITS_DEG[name] for name in ANGLES))
+    return like.new_tensor(low).deg2rad(), like.new_tensor(high).deg2rad()
+
+
+def gesture_angles(like: Tensor) -> Tensor:
+    """Return the angles [G, 22] of GESTURES in radians, wrist straight."""
+    rows = []
+    for thumb, fingers, spread in GESTURES.values():
+        row = list(THUMB[thumb])
+        for state, abduction in zip(fingers, SPREAD_DEG):
+            mcp, pip = FINGER[state]
+            row += [mcp, spread * abduction, pip, DIP_OVER_PIP * pip]
+        rows.append(row + [0, 0])
+    angles = like.new_tensor(rows).deg2rad()
+    return _coupled(angles, torch.zeros_like(angles[:, :4]))
+
+
+def _draw_angles(noise: Noise, like: Tensor) -> Tensor:
+    """Draw poses [B, 22]: gestures, mixtures of two finger by finger, and free ones, within the limits."""
+    table = gesture_angles(like)
+    first, second = (table[(noise.uniform(1)[:, 0] * len(table)).long()] for _ in range(2))
+    kind = noise.uniform(1)
+    # One weight a finger; 0 for a plain gesture, the same for all fingers half-way between two.
+    share = torch.where(kind < 0.4, 0 * kind, torch.where(kind < 0.7, noise.uniform(1), noise.uniform(5)))
+    share = torch.cat((share.repeat_interleave(4, 1), torch.zeros_like(kind).expand(-1, 2)), 1)
+    angles = first + share * (second - first)
+    angles = angles + torch.deg2rad(noise.uniform(1, 1, 9) * noise.normal(22))
+    angles[:, 20] = torch.deg2rad(18 * noise.normal(1)[:, 0])
+    angles[:, 21] = torch.deg2rad(9 * noise.normal(1)[:, 0])
+    return _coupled(angles, torch.deg2rad(DIP_SPREAD_DEG * noise.uniform(4, -1, 1)))
+
+
+def _coupled(angles: Tensor, dip_offset: Tensor) -> Tensor:
+    """Bend end joints with the middle ones, close the spread of bent fingers, keep all within limits."""
+    low, high = limits_rad(angles)
+    angles = angles.clamp(low, high)
+    mcp, pip = angles[:, 4:20:4], angles[:, 6:20:4]
+    spreadable = (1 - mcp.clamp(min=0) / (math.pi / 2)).clamp(min=0.15)
+    angles[:, 5:20:4] *= spreadable
+    angles[:, 7:20:4] = DIP_OVER_PIP * pip + dip_offset
+    return angles.clamp(low, high)
+
+
+def _draw_rotations(noise: Noise) -> Tensor:
+    """Draw rotations [B, 4]: palm, or less often back, to the camera, fingers up; one in eight anything."""
+    uniform = noise.uniform(3)
+    a, b, c = uniform[:, 0], 2 * math.pi * uniform[:, 1], 2 * math.pi * uniform[:, 2]
+    free = torch.stack(
+        ((1 - a).sqrt() * b.sin(), (1 - a).sqrt() * b.cos(), a.sqrt() * c.sin(), a.sqrt() * c.cos()), -1
+    )
+    choice = noise.uniform(3)
+    facing = _about((0, 1, 0), math.pi * (choice[:, 0] < 0.35).to(a.dtype))
+    direction = 2 * math.pi * noise.uniform(1)[:, 0]
+    tilt = _about(
+        (direction.cos(), direction.sin(), 0 * direction), torch.deg2rad(38 * noise.normal(1)[:, 0])
+    )
+    roll = torch.where(
+        choice[:, 1] < 0.75, torch.deg2rad(35 * noise.normal(1)[:, 0]), math.pi * noise.uniform(1, -1)[:, 0]
+    )
+    frontal = _product(_about((0, 0, 1), roll), _product(tilt, facing))
+    return torch.where(choice[:, 2:] < 0.125, free, frontal)
+
+
+def _local_joints(bones_mm: Tensor, angles: Tensor) -> Tensor:
+    """Return the joints [B, 21, 3] in the hand frame of a right hand."""
+    base = bones_mm.new_tensor(CARPAL_MM) * (bones_mm[:, 2, 0] / BONES_MM[2][0])[:, None, None]  # (B, 5, 3)
+    base[:, 0] *= (bones_mm[:, 0, 0] / BONES_MM[0][0] / (bones_mm[:, 2, 0] / BONES_MM[2][0]))[:, None]
+    chains = [_thumb(base[:, 0], bones_mm[:, 0, 1:], angles[:, :4])]
+    zero = torch.zeros_like(angles[:, 0])
+    for k in range(1, 5):
+        mcp, abduction, pip, dip = angles[:, 4 * k : 4 * k + 4].unbind(1)
+        ray = math.radians(METACARPAL_DEG[k - 1])
+        along = base.new_tensor((math.sin(ray), -math.cos(ray), 0.0))
+        splay = 0.5 * ray + abduction
+        forward = torch.stack((splay.sin(), -splay.cos(), zero), -1)
+        palmar = base.new_tensor((0.0, 0.0, -1.0)).expand_as(forward)
+        knuckle = base[:, k] + along * bones_mm[:, k, :1]
+        chains.append(_bend(knuckle, forward, palmar, bones_mm[:, k, 1:], (mcp, mcp + pip, mcp + pip + dip)))
+    return torch.cat((torch.zeros_like(base[:, :1]), *chains), 1)
+
+
+def _thumb(base: Tensor, lengths_mm: Tensor, angles: Tensor) -> Tensor:
+    """Return the thumb's CMC, MCP, IP and tip [B, 4, 3]; leaving the palm's plane it turns to the fingers."""
+    radial, palmar, mcp, ip = angles.unbind(1)
+    along = torch.stack((radial.sin() * palmar.cos(), -radial.cos() * palmar.cos(), -palmar.sin()), -1)
+    turn = math.radians(35) - 1.1 * palmar
+    pad = torch.stack((-turn.cos(), 0 * turn, -turn.sin()), -1)
+    pad = pad - (pad[:, :1] * along[:, :1] + pad[:, 1:2] * along[:, 1:2] + pad[:, 2:] * along[:, 2:]) * along
+    pad = pad / _length(pad)
+    return _bend(base, along, pad, lengths_mm, (0 * mcp, mcp, mcp + ip))
+
+
+def _bend(start: Tensor, forward: Tensor, palmar: Tensor, lengths_mm: Tensor, flexions: tuple) -> Tensor:
+    """Return a chain [B, 4, 3] from start whose bones are flexed by so much from forward to palmar."""
+    points = [start]
+    for j, flexion in enumerate(flexions):
+        direction = forward * flexion.cos()[:, None] + palmar * flexion.sin()[:, None]
+        points.append(points[-1] + direction * lengths_mm[:, j : j + 1])
+    return torch.stack(points, 1)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    """Return the lengths [..., 1] of vectors [..., 3]."""
+    x, y, z = vectors.unbind(-1)
+    return (x * x + y * y + z * z).sqrt().unsqueeze(-1)
+
+
+def _local_spheres(hands: Hands, joints: Tensor) -> tuple[Tensor, Tensor]:
+    """Return centres [B, 32, 3] in the hand frame and radii [B, 32] of the surface's spheres."""
+    girth = hands.girth[:, None]
+    radii = joints.new_tensor(RADII_MM)
+    chains = joints[:, 1:].reshape(-1, 5, 4, 3)
+    # The last sphere ends where the flesh does, SOFT_TIP_MM beyond the bone; the tip joint lies inside it.
+    reach = chains[:, :, 3] - chains[:, :, 2]
+    inset = (radii[:, 3] * girth - SOFT_TIP_MM)[..., None] / _length(reach)
+    ends = chains[:, :, 3] - inset * reach
+    fingers = torch.cat((chains[:, :, :3], ends[:, :, None]), 2).reshape(-1, 20, 3)
+    palm, palm_radii = _palm_spheres(hands, chains)
+    arm, arm_radii = _forearm_spheres(hands)
+    sizes = torch.cat((radii.reshape(-1), palm_radii, arm_radii))
+    return torch.cat((fingers, palm, arm), 1), sizes * girth
+
+
+def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
+    """Return spheres 20..27: ends of the carpus, thenar, thumb web, hypothenar, webs."""
+    size = (hands.bones_mm[:, 2, :1] / BONES_MM[2][0])[..., None]
+    carpal = chains.new_tensor(CARPAL_MM) * size
+    girth = hands.girth[:, None]
+    palmar = chains.new_tensor((0.0, 0.0, -1.0))
+    thenar = 0.55 * chains[:, 0, 0] + 0.45 * chains[:, 0, 1] + palmar * 2.5 * girth
+    web_thumb = 0.42 * carpal[:, 1] + 0.58 * chains[:, 1, 0] + palmar * 1.5 * girth
+    hypothenar = 0.6 * carpal[:, 4] + 0.4 * chains[:, 4, 0] + palmar * 3.5 * girth
+    proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
+    webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
+    singles = torch.stack((carpal[:, 1], carpal[:, 4], thenar, web_thumb, hypothenar), 1)
+    return torch.cat((singles, webs), 1), chains.new_tensor((14.0, 13.0, 15.0, 9.0, 13.0, 5.5, 5.5, 5.0))
+
+
+def _forearm_spheres(hands: Hands) -> tuple[Tensor, Tensor]:
+    """Return spheres 28..31: both sides of the wrist and of the forearm's far end, turned at the wrist."""
+    flexion, deviation = hands.angles[:, 20], hands.angles[:, 21]
+    zero = torch.zeros_like(flexion)
+    along = torch.stack(
+        (deviation.sin() * flexion.cos(), deviation.cos() * flexion.cos(), -flexion.sin()), -1
+    )
+    across = torch.stack((deviation.cos(), -deviation.sin(), zero), -1) * hands.girth[:, None]
+    elbow = along * hands.forearm_mm[:, None]
+    thicker = 1 + 0.3 * (hands.forearm_mm[:, None] / 250)
+    spheres = torch.stack(
+        (12.5 * across, -12.5 * across, elbow + 14 * thicker * across, elbow - 14 * thicker * across), 1
+    )
+    return spheres, hands.angles.new_tensor((16.0, 16.0, 24.0, 25.0))
+
+
+def _to_camera(hands: Hands, points: Tensor) -> Tensor:
+    """Take points [B, N, 3] from the hand frame to the camera frame; left hands are mirrored first."""
+    mirrored = torch.where(hands.left[:, None, None], points * points.new_tensor((-1.0, 1.0, 1.0)), points)
+    return _turn(hands.rotation, mirrored) + hands.wrist_mm[:, None]
+
+
+def joints_xyz(hands: Hands) -> Tensor:
+    """Return joints [B, 21, 3] in mm, camera frame: wrist, then base to tip of thumb, index .. little."""
+    return _to_camera(hands, _local_joints(hands.bones_mm, hands.angles))
+
+
+def elbow_xyz(hands: Hands) -> Tensor:
+    """Return the middle of the forearm's far end [B, 3] in mm, camera frame."""
+    return _to_camera(hands, _forearm_spheres(hands)[0][:, 2:]).mean(1)
+
+
+def hand_and_arm(hands: Hands) -> tuple[Surface, Surface]:
+    """Return the surfaces of the hand (to the wrist joint) and of the forearm."""
+    centres, radii = _local_spheres(hands, _local_joints(hands.bones_mm, hands.angles))
+    spheres = torch.cat((_to_camera(hands, centres), radii[..., None]), -1)
+    return build_surface(spheres, HAND_CONES, HAND_WEDGES), build_surface(spheres, (), ARM_WEDGES)
+
+
+def overlap_mm(bones_mm: Tensor, girth: Tensor, angles: Tensor) -> Tensor:
+    """Return how deeply [B], in mm, the flesh of two fingers intersects at worst."""
+    chains = _local_joints(bones_mm, angles)[:, 1:].reshape(-1, 5, 4, 3)
+    radii = chains.new_tensor(RADII_MM)
+    steps = chains.new_tensor((1 / 3, 2 / 3, 1.0))[:, None]
+    points = chains[:, :, :3, None] + steps * (chains[:, :, 1:, None] - chains[:, :, :3, None])
+    points = points.reshape(len(angles), 45, 3)  # (B, finger x bone x step, 3)
+    sizes = (radii[:, :3, None] + steps[:, 0] * (radii[:, 1:, None] - radii[:, :3, None])).reshape(-1)
+    # First bones beside each other touch without harm.
+    finger, bone = torch.arange(45) // 9, torch.arange(45) // 3 % 3
+    judged = (finger[:, None] < finger) & ~((bone[:, None] == 0) & (bone == 0))
+    one, other = judged.nonzero().to(angles.device).unbind(1)
+    gap_mm = _length(points[:, one] - points[:, other])[..., 0] - girth[:, None] * (sizes[one] + sizes[other])
+    return -gap_mm.amin(1)
+
+
+def draw_hands(noise: Noise, left_share: float = 0.0) -> Hands:
+    """Draw hands from uniform numbers: people, poses, views and forearms, with the wrist at the origin.
+
+    Of GRIP_TRIES poses the first is taken whose fingers overlap by OVERLAP_MM or less, else the least
+    overlapping.
+    """
+    like = noise.values
+    bones_mm, girth = _draw_people(noise, like)
+    tries = torch.stack([_draw_angles(noise, like) for _ in range(GRIP_TRIES)], 1)  # (B, tries, 22)
+    flat = tries.flatten(0, 1)
+    overlap = overlap_mm(bones_mm.repeat_interleave(GRIP_TRIES, 0), girth.repeat_interleave(GRIP_TRIES), flat)
+    best = overlap.reshape(-1, GRIP_TRIES).clamp(min=OVERLAP_MM).argmin(1)
+    angles = tries[torch.arange(len(best), device=best.device), best]
+    forearm = 70 + 190 * noise.uniform(1)[:, 0]
+    left = noise.uniform(1)[:, 0] < left_share
+    hands = Hands(
+        bones_mm, girth, angles, _draw_rotations(noise), torch.zeros_like(bones_mm[:, 0, :3]), left, forearm
+    )
+    for _ in range(VIEW_TRIES):
+        rotation = _draw_rotations(noise)
+        towards = elbow_xyz(hands)[:, 2] < TOWARDS * forearm
+        hands = hands._replace(rotation=torch.where(towards[:, None], rotation, hands.rotation))
+    return hands
+
+
+def move_to(hands: Hands, centre_xyz: Tensor) -> Hands:
+    """Put the middle of the joints' bounding box at [B, 3] in mm.
+
+    Forearms that would come nearer to the camera than 250 mm are shortened.
+    """
+    hands = hands._replace(wrist_mm=torch.zeros_like(hands.wrist_mm))
+    joints = joints_xyz(hands)
+    middle = (joints.amin(1) + joints.amax(1)) / 2
+    hands = hands._replace(wrist_mm=centre_xyz - middle)
+    slope = -(elbow_xyz(hands) - hands.wrist_mm)[:, 2] / hands.forearm_mm
+    longest = torch.where(slope > 0, (hands.wrist_mm[:, 2] - 250) / slope, math.inf)
+    return hands._replace(forearm_mm=torch.minimum(hands.forearm_mm, longest.clamp(min=40)))
+
+
+def between(start: Hands, end: Hands, share: Tensor) -> Hands:
+    """Move smoothly from one pose and place to another, share [B] in 0..1; the person stays start's."""
+    eased = (share * share * (3 - 2 * share))[:, None]
+    near = torch.where((start.rotation * end.rotation).sum(1, keepdim=True) < 0, -end.rotation, end.rotation)
+    rotation = start.rotation + eased * (near - start.rotation)
+    rotation = rotation / rotation.square().sum(1, keepdim=True).sqrt()
+    return start._replace(
+        angles=start.angles + eased * (end.angles - start.angles),
+        rotation=rotation,
+        wrist_mm=start.wrist_mm + eased * (end.wrist_mm - start.wrist_mm),
+    )

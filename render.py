@@ -1,0 +1,191 @@
+"""Exact depth pictures of spheres, round cones and wedges in torch, of whole frames and of crops."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_PX = 8  # a primitive is met with the rays of the tiles of this size that its projection's box touches
+NEAR_MM = 20.0  # nothing nearer than this is rendered
+
+
+class Surface(NamedTuple):
+    """What a batch of smooth bodies consists of, equally much for each; `build_surface` makes it."""
+
+    spheres: Tensor  # [B, S, 4]: xyz, radius
+    cones: Tensor  # [B, C, 8]: the two spheres whose hull a round cone is; without them it has no ends
+    triangles: Tensor  # [B, T, 9]: xyz of three corners; NaN where there is none
+
+
+def build_surface(spheres: Tensor, cones: tuple, wedges: tuple) -> Surface:
+    """Hull spheres [B, S, 4] (xyz, radius): by twos (indices) to round cones, by threes to wedges."""
+    edges = {tuple(sorted(pair)) for a, b, c in wedges for pair in ((a, b), (b, c), (a, c))}
+    pairs = sorted(edges | {tuple(sorted(pair)) for pair in cones})
+    first, second = torch.tensor(pairs, device=spheres.device).unbind(1)
+    round_cones = torch.cat((spheres[:, first], spheres[:, second]), -1)
+    used = spheres[:, sorted({end for pair in pairs for end in pair})]
+    if not wedges:
+        return Surface(used, round_cones, spheres.new_zeros(len(spheres), 0, 9))
+    return Surface(used, round_cones, _facets(*(spheres[:, corner] for corner in zip(*wedges))))
+
+
+def _facets(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return the two triangles [B, 2W, 9] that touch three spheres [B, W, 4] each, NaN where no plane does.
+
+    The plane's unit normal n has n . (b - a) = r_a - r_b and n . (c - a) = r_a - r_c.
+    """
+    e, f = b[..., :3] - a[..., :3], c[..., :3] - a[..., :3]
+    p, q = a[..., 3:] - b[..., 3:], a[..., 3:] - c[..., 3:]
+    ee, ff, ef = (
+        (s[..., :1] * t[..., :1] + s[..., 1:2] * t[..., 1:2] + s[..., 2:] * t[..., 2:])
+        for s, t in ((e, e), (f, f), (e, f))
+    )
+    area = ee * ff - ef * ef
+    along_e, along_f = (p * ff - q * ef) / area, (q * ee - p * ef) / area
+    cross = torch.linalg.cross(e, f)
+    lift = (1 - along_e * p - along_f * q).sqrt() * cross / area.sqrt()
+    flat = along_e * e + along_f * f
+    sides = [
+        torch.cat([s[..., :3] + s[..., 3:] * (flat + sign * lift) for s in (a, b, c)], -1) for sign in (1, -1)
+    ]
+    return torch.cat(sides, 1)
+
+
+def crop_intrinsics(intrinsics: Tensor, boxes_px: Tensor, size_px: tuple) -> Tensor:
+    """Return intrinsics [B, 4] (fx, fy, u0, v0) of crops resized to size_px (width, height).
+
+    boxes_px [B, 4] holds left, top, width, height in the whole picture; pixel centres are at integers, and
+    corners of picture and crop meet, as in OpenCV's INTER_LINEAR.
+    """
+    scale = boxes_px.new_tensor(size_px) / boxes_px[:, 2:]
+    fx_fy, centre = intrinsics[..., :2], intrinsics[..., 2:]
+    return torch.cat((fx_fy * scale, (centre + 0.5 - boxes_px[:, :2]) * scale - 0.5), -1)
+
+
+def render_depth(surface: Surface, intrinsics: Tensor, size_px: tuple) -> Tensor:
+    """Return the depth (z, mm) [B, height, width] of the nearest surface, inf where none is.
+
+    intrinsics: fx, fy, u0, v0 as [4] or [B, 4]; size_px: (width, height). Primitives nearer than NEAR_MM are
+    left out.
+    """
+    intrinsics = intrinsics.to(surface.spheres).expand(len(surface.spheres), 4)
+    tiles = [-(-size // TILE_PX) for size in size_px]
+    picture = intrinsics.new_full((len(intrinsics) * tiles[0] * tiles[1], TILE_PX**2), math.inf)
+    corners = torch.nn.functional.pad(surface.triangles.unflatten(-1, (3, 3)), (0, 1))
+    for shapes, points, depth_of in (
+        (surface.spheres, surface.spheres[:, :, None], _sphere_depth),
+        (surface.cones, surface.cones.unflatten(-1, (2, 4)), _cone_depth),
+        (surface.triangles, corners, _triangle_depth),
+    ):
+        if shapes.shape[1]:
+            _cast(picture, tiles, intrinsics, shapes.flatten(0, 1), _discs(points, intrinsics), depth_of)
+    picture = picture.reshape(-1, tiles[1], tiles[0], TILE_PX, TILE_PX).transpose(2, 3)
+    return picture.reshape(-1, tiles[1] * TILE_PX, tiles[0] * TILE_PX)[:, : size_px[1], : size_px[0]]
+
+
+def _discs(points: Tensor, intrinsics: Tensor) -> Tensor:
+    """Return discs [B, P, N, 3] (u, v, radius; px) around projected spheres [B, P, N, 4], NaN if too near.
+
+    A sphere's silhouette is an ellipse whose half axes a, b and half extents h, w keep a^2 + b^2 = h^2 + w^2;
+    b is no less than the focal length times radius over depth.
+    """
+    across, z, r = points[..., :2], points[..., 2:3], points[..., 3:]
+    z = torch.where(z - r > NEAR_MM, z, math.nan)
+    fx_fy, centre = intrinsics[:, None, None, :2], intrinsics[:, None, None, 2:]
+    middle = across * z / (z * z - r * r) * fx_fy + centre
+    extent = r * (across * across + z * z - r * r).sqrt() / (z * z - r * r) * fx_fy
+    short = fx_fy.amin(-1, keepdim=True) * r / z
+    return torch.cat((middle, (extent[..., :1] ** 2 + extent[..., 1:] ** 2 - short**2).sqrt()), -1)
+
+
+def _tiles_of(discs: Tensor, tiles: list) -> tuple[Tensor, Tensor, Tensor]:
+    """List the (shape, column, row) of all tiles that the hull of a shape's discs [S, N, 3] may touch."""
+    limits = discs.new_tensor(tiles)
+    low, high = ((discs[..., :2] + side * discs[..., 2:]) / TILE_PX for side in (-1, 1))
+    low, high = torch.nan_to_num(low.amin(1), nan=1e6), torch.nan_to_num(high.amax(1) + 1, nan=-1e6)
+    left, top = torch.minimum(low.clamp(min=0).floor(), limits).long().unbind(-1)
+    right, bottom = torch.minimum(high.clamp(min=0).floor(), limits).long().unbind(-1)
+    width, count = (right - left).clamp(min=0), (right - left).clamp(min=0) * (bottom - top).clamp(min=0)
+    shape = torch.repeat_interleave(count)
+    offset = torch.arange(len(shape), device=shape.device) - (torch.cumsum(count, 0) - count)[shape]
+    row, column = offset // width[shape] + top[shape], offset % width[shape] + left[shape]
+    tile = torch.stack((column, row), -1) * TILE_PX + (TILE_PX - 1) / 2
+    reach = discs[..., 2].amax(1)[shape] + TILE_PX * math.sqrt(0.5)
+    corners = discs[shape, :, :2].unbind(1)
+    kept = torch.ones_like(shape, dtype=torch.bool)
+    side = 1.0
+    if len(corners) == 3:
+        side = torch.sign(_cross(corners[1] - corners[0], corners[2] - corners[0]))
+    for start, end in zip(
+        corners, corners[1:] + corners[:1]
+    ):  # both ways along a cone's axis, around a triangle
+        edge = end - start
+        kept &= side * _cross(edge, tile - start) >= -reach * edge.square().sum(-1).sqrt()
+    return shape[kept], column[kept], row[kept]
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cross products [N] of plane vectors [N, 2]."""
+    return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
+
+
+def _cast(picture: Tensor, tiles: list, intrinsics: Tensor, shapes: Tensor, discs: Tensor, depth_of) -> None:
+    """Lower the tiled picture [B * tiles, TILE_PX ** 2] to the depths of the shapes [B * P, K]."""
+    shape, column, row = _tiles_of(discs.flatten(0, 1), tiles)
+    frame = shape // discs.shape[1]
+    pixel = torch.arange(TILE_PX**2, device=shape.device)
+    fx, fy, u0, v0 = intrinsics[frame, :, None].unbind(1)  # (N, 1) each
+    x = (column[:, None] * TILE_PX + pixel % TILE_PX - u0) / fx  # (N, TILE_PX ** 2): the ray is (x, y, 1)
+    y = (row[:, None] * TILE_PX + pixel // TILE_PX - v0) / fy
+    depth_mm = depth_of(shapes[shape], x, y)
+    tile = (frame * tiles[1] + row) * tiles[0] + column
+    picture.scatter_reduce_(0, tile[:, None].expand_as(depth_mm), depth_mm, "amin")
+
+
+def _sphere_depth(spheres: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return where the rays (x, y, 1) [N, M] enter spheres [N, 4], inf where they miss.
+
+    Here as below rays start at the depth of the shape's first point instead of at the camera: so float32 is
+    exact to micrometres.
+    """
+    cx, cy, cz, radius = spheres[..., None].unbind(1)
+    px, py = x * cz - cx, y * cz - cy
+    dd = x * x + y * y + 1
+    pd = px * x + py * y
+    inside = pd * pd - dd * (px * px + py * py - radius * radius)
+    return torch.where(
+        inside > 0, cz - (pd + inside.abs().sqrt()) / dd, math.inf
+    )  # sqrt is slow on negatives
+
+
+def _cone_depth(cones: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return where the rays (x, y, 1) [N, M] enter round cones [N, 8] between their end spheres, else inf.
+
+    Closed form after I. Quilez, "Intersectors: rounded cone".
+    """
+    ax, ay, az, ra, bx, by, bz, rb = cones[..., None].unbind(1)
+    ex, ey, ez, shrink = bx - ax, by - ay, bz - az, ra - rb
+    axis = ex * ex + ey * ey + ez * ez
+    slant = axis - shrink * shrink
+    px, py = x * az - ax, y * az - ay  # the ray's start from the first end; its z is 0
+    dd = x * x + y * y + 1
+    ep, ed, pd, pp = ex * px + ey * py, ex * x + ey * y + ez, px * x + py * y, px * px + py * py
+    k2 = slant * dd - ed * ed
+    k1 = slant * pd - (ep - shrink * ra) * ed
+    k0 = slant * pp - ep * (ep - 2 * shrink * ra) - axis * (ra * ra)
+    inside = k1 * k1 - k0 * k2
+    t = (-k1 - inside.abs().sqrt()) / k2
+    along = ep - ra * shrink + t * ed
+    return torch.where((inside > 0) & (along > 0) & (along < slant), az + t, math.inf)
+
+
+def _triangle_depth(triangles: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return where the rays (x, y, 1) [N, M] meet triangles [N, 9], inf where they miss (barycentric)."""
+    a, b, c = triangles.unflatten(-1, (3, 3)).unbind(1)
+    e, f = b - a, c - a
+    normal, ca, ab = torch.linalg.cross(e, f), torch.linalg.cross(c, a), torch.linalg.cross(a, b)
+    facing, p, q = (n[:, :1] * x + n[:, 1:2] * y + n[:, 2:] for n in (normal, ca, ab))
+    p, q = p / facing, q / facing  # barycentric weights of the second and the third corner
+    depth_mm = (a * normal).sum(1, keepdim=True) / facing
+    return torch.where((p >= 0) & (q >= 0) & (p + q <= 1), depth_mm, math.inf)

@@ -1,0 +1,194 @@
+"""The parametric hand and its renderer: anatomical limits, reproducibility, exact depth."""
+
+import numpy as np
+import pytest
+import torch
+
+import hand
+from hand import Noise, draw_hands, hand_and_arm, joints_xyz, move_to
+from render import build_surface, crop_intrinsics, render_depth
+
+CAMERA = torch.tensor([400.0, 410.0, 63.5, 47.0])
+SIZE_PX = (128, 96)
+
+
+def hands_of(count, seed=0, **options):
+    uniform = torch.rand(count, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(seed))
+    return move_to(draw_hands(Noise(uniform), **options), torch.tensor([0.0, 0.0, 600.0]).expand(count, 3))
+
+
+def rays():
+    fx, fy, u0, v0 = CAMERA.double().numpy()
+    v, u = np.mgrid[: SIZE_PX[1], : SIZE_PX[0]]
+    return np.stack([(u - u0) / fx, (v - v0) / fy, np.ones(u.shape)], -1)
+
+
+def brute_force_depth(spheres):
+    """Return the depth of the hull of two spheres [2, 4] as that of 1501 spheres between them, in float64."""
+    spheres = np.asarray(spheres, np.float64)
+    weights = np.linspace(0, 1, 1501)[:, None]
+    chain = np.concatenate([1 - weights, weights], 1) @ spheres
+    direction = rays().reshape(-1, 3)
+    unit = direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    pd = unit @ chain[:, :3].T
+    inside = pd**2 - (chain[:, :3] ** 2).sum(1) + chain[:, 3] ** 2
+    distance = np.where(inside >= 0, pd - np.sqrt(np.abs(inside)), np.inf).min(1)
+    return (distance * unit[:, 2]).reshape(SIZE_PX[1], SIZE_PX[0])
+
+
+def rendered(spheres, cones=(), wedges=()):
+    surface = build_surface(torch.tensor(spheres, dtype=torch.float32)[None], cones, wedges)
+    return render_depth(surface, CAMERA, SIZE_PX)[0].double().numpy()
+
+
+def test_a_sphere_has_its_closed_form_depth():
+    center, radius = np.array([12.0, -9.0, 500.0]), 31.0
+    direction = rays()
+    a, b, c = (direction**2).sum(-1), direction @ center, center @ center - radius**2
+    exact = np.where(b**2 >= a * c, (b - np.sqrt(np.abs(b**2 - a * c))) / a, np.inf)
+    depth = rendered([[*center, radius], [*center, radius]], cones=((0, 1),))
+    assert (np.isfinite(depth) == np.isfinite(exact)).mean() > 0.9999
+    both = np.isfinite(depth) & np.isfinite(exact)
+    assert both.sum() > 1500
+    assert np.abs(depth[both] - exact[both]).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "spheres",
+    [
+        [[-30, -20, 480, 14], [35, 10, 530, 14]],  # capsule
+        [[-30, 25, 520, 20], [30, -20, 470, 7]],  # round cone
+        [[0, 0, 600, 12], [6, 4, 480, 16]],  # towards the camera
+        [[0, 5, 500, 30], [5, 0, 495, 12]],  # one end swallows the other
+        [[300, 200, 500, 20], [-10, 5, 520, 9]],  # leaves the picture
+    ],
+)
+def test_capsules_and_round_cones_match_brute_force(spheres):
+    depth, exact = rendered(spheres, cones=((0, 1),)), brute_force_depth(spheres)
+    both = np.isfinite(depth) & np.isfinite(exact)
+    assert both.sum() > 300
+    assert (
+        np.isfinite(depth) != np.isfinite(exact)
+    ).sum() <= 12  # the brute force is bumpy at the silhouette
+    assert np.quantile(np.abs(depth[both] - exact[both]), 0.98) < 0.1
+    assert (exact[both] - depth[both]).min() > -0.1  # the chain of spheres lies inside the hull
+
+
+def test_a_wedge_is_the_hull_of_its_spheres():
+    spheres = np.array([[-25, -20, 500, 12], [28, -8, 520, 9], [2, 24, 485, 6]], np.float64)
+    depth = rendered(spheres.tolist(), wedges=((0, 1, 2),))
+    grid = [(a, b, 150 - a - b) for a in range(151) for b in range(151 - a)]
+    chain = np.array(grid) / 150 @ spheres
+    direction = rays()[::4, ::4].reshape(-1, 3)
+    dd, pd = (direction**2).sum(1)[:, None], direction @ chain[:, :3].T
+    inside = pd**2 - dd * ((chain[:, :3] ** 2).sum(1) - chain[:, 3] ** 2)
+    exact = np.where(inside >= 0, (pd - np.sqrt(np.abs(inside))) / dd, np.inf).min(1)
+    depth = depth[::4, ::4].ravel()
+    both = np.isfinite(depth) & np.isfinite(exact)
+    assert both.sum() > 80
+    assert np.quantile(np.abs(depth[both] - exact[both]), 0.97) < 0.1
+    assert (exact[both] - depth[both]).min() > -0.1
+
+
+def test_joints_lie_inside_the_flesh_where_the_finger_is():
+    hands = hands_of(40)
+    camera = torch.tensor([400.0, 410.0, 150, 150])
+    depth = render_depth(hand_and_arm(hands)[0], camera, (300, 300)).numpy()
+    joints = joints_xyz(hands).numpy()
+    u = np.rint(joints[..., 0] / joints[..., 2] * 400 + 150).astype(int)
+    v = np.rint(joints[..., 1] / joints[..., 2] * 410 + 150).astype(int)
+    surface = depth[np.arange(40)[:, None], v, u]
+    assert np.isfinite(surface).all()  # a joint's pixel shows the hand
+    covered_mm = joints[..., 2] - surface
+    assert covered_mm.min() > 1.5  # under the skin
+    visible = covered_mm < 40  # else another finger is before it
+    assert visible.mean() > 0.8
+    assert np.median(covered_mm[visible]) < 15
+
+
+def test_10000_hands_keep_bones_and_angles_within_their_limits():
+    parts = [
+        hands_of(500, seed, left_share=0.5) for seed in range(20)
+    ]  # 10,000 at once would not fit the caches
+    hands = hand.Hands(*(torch.cat(fields) for fields in zip(*parts)))
+    low, high = hand.limits_rad(torch.zeros(1))
+    assert (hands.angles >= low - 1e-6).all() and (hands.angles <= high + 1e-6).all()
+    width = (hands.angles.amax(0) - hands.angles.amin(0)) / (high - low)
+    assert width.min() > 0.8  # ... and use them
+    dip, pip = hands.angles[:, 7:20:4].rad2deg(), hands.angles[:, 6:20:4].rad2deg()
+    free = dip < hand.LIMITS_DEG["dip"][1] - 0.01
+    assert (dip - hand.DIP_OVER_PIP * pip)[free].abs().max() <= hand.DIP_SPREAD_DEG + 0.01
+    mean, deviation = torch.tensor(hand.BONES_MM), torch.tensor(hand.BONES_SD_MM)
+    score = (hands.bones_mm - mean) / deviation
+    assert score.abs().max() <= hand.BONE_LIMIT_SD + 1e-4
+    assert score.mean().abs() < 0.03 and abs(score.std() - 1) < 0.05
+    assert hands.girth.min() >= hand.GIRTH_LIMITS[0] and hands.girth.max() <= hand.GIRTH_LIMITS[1]
+    joints = joints_xyz(hands)
+    chains = joints[:, 1:].reshape(-1, 5, 4, 3)
+    lengths = (chains[:, :, 1:] - chains[:, :, :-1]).norm(dim=-1)
+    assert torch.allclose(lengths, hands.bones_mm[:, :, 1:], atol=1e-2)
+    length_mm = (joints[:, 12] - joints[:, 0]).norm(dim=-1).amax()
+    assert length_mm < 230
+    assert (
+        hand.overlap_mm(hands.bones_mm, hands.girth, hands.angles) <= hand.OVERLAP_MM
+    ).float().mean() > 0.97
+
+
+def test_an_open_right_hand_shows_its_thumb_on_the_right_and_a_left_one_on_the_left():
+    hands = hands_of(1)
+    opened = hand.gesture_angles(torch.zeros(1))[:1]
+    upright = torch.tensor([[1.0, 0, 0, 0]])
+    for left, side in ((False, 1), (True, -1)):
+        joints = joints_xyz(hands._replace(angles=opened, rotation=upright, left=torch.tensor([left])))[0]
+        assert side * (joints[4, 0] - joints[20, 0]) > 80  # thumb's and little finger's tips
+        assert (joints[12, 1] < joints[0, 1] - 120).all()  # fingers up
+        bent = hands._replace(angles=hand.gesture_angles(torch.zeros(1))[3:4], rotation=upright)
+        assert joints_xyz(bent)[0, 12, 2] < joints_xyz(bent)[0, 9, 2]  # a fist closes towards the palm's side
+
+
+def test_a_hand_does_not_depend_on_its_batch():
+    uniform = torch.rand(13, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(5))
+    where = torch.tensor([10.0, -20.0, 480.0])
+
+    def pictures(rows):
+        hands = move_to(draw_hands(Noise(rows), 0.5), where.expand(len(rows), 3))
+        return [
+            torch.cat([render_depth(surface, CAMERA, SIZE_PX) for surface in hand_and_arm(hands)], 1),
+            *hands,
+        ]
+
+    together = pictures(uniform)
+    for part in (slice(0, 1), slice(5, 8), slice(12, 13)):
+        for whole, alone in zip(together, pictures(uniform[part])):
+            assert torch.equal(whole[part], alone)
+
+
+def test_a_crop_shows_what_the_whole_picture_shows():
+    hands = hands_of(2)
+    surface = hand_and_arm(hands)[0]
+    camera = torch.tensor([400.0, 410.0, 150, 150])
+    whole = render_depth(surface, camera, (300, 300))
+    boxes = torch.tensor([[90.0, 80.0, 128.0, 128.0], [60.0, 100.0, 128.0, 128.0]])
+    crops = render_depth(surface, crop_intrinsics(camera, boxes, (128, 128)), (128, 128))
+    for crop, picture, (left, top) in zip(crops, whole, boxes[:, :2].int().tolist()):
+        part = picture[top : top + 128, left : left + 128]
+        same = torch.isfinite(crop) == torch.isfinite(part)
+        both = torch.isfinite(crop) & torch.isfinite(part)
+        assert same.float().mean() > 0.999
+        assert ((crop - part).abs()[both] < 0.05).float().mean() > 0.999
+
+
+def test_a_sequence_moves_smoothly_between_poses():
+    start, end = hands_of(1, 1), hands_of(1, 2)
+    shares = torch.linspace(0, 1, 61)
+    repeated = [type(h)(*(field.expand(61, *field.shape[1:]) for field in h)) for h in (start, end)]
+    path = joints_xyz(hand.between(*repeated, shares))
+    assert torch.allclose(path[0], joints_xyz(start)[0], atol=1e-3)
+    steps_mm = (path[1:] - path[:-1]).norm(dim=-1)
+    assert steps_mm.max() < 4 * (path[-1] - path[0]).norm(dim=-1).max() / 60 + 10
+    assert torch.allclose(hand.between(start, end, torch.ones(1)).angles, end.angles)
+
+
+def test_too_little_noise_is_refused():
+    with pytest.raises(ValueError, match="NOISE_COLUMNS"):
+        draw_hands(Noise(torch.rand(1, 20)))

@@ -1,0 +1,217 @@
+"""Synthetic data sets: layouts that the checker accepts, the same bytes for a seed, sensors, refusals."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import synthetic
+from annotations import build_index
+from datasets import DATASETS
+from hand import joints_xyz
+from scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
+from synthetic import FINGERS, frame_path, icvl_joints, nyu_joints, write_dataset
+from utils import UserError
+
+COUNTS = {"NYU": (12, 4), "ICVL": (12, 4), "MSRA": (16, 4), "HAND17": (12, 4)}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    """Write each layout once with one process."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    for layout, (train, test) in COUNTS.items():
+        write_dataset(layout, {"train": train, "test": test}, 7, folder / layout, 1)
+    return folder
+
+
+def files_of(root):
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("layout", COUNTS)
+def test_the_checker_accepts_every_frame(layout, roots, tmp_path):
+    for name, data in files_of(roots / layout).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    build_index(layout, tmp_path)
+    options = dict(path=tmp_path, dataset="test", using_rotation=False, using_shift=False, using_scale=False)
+    if layout == "HAND17":
+        options["test_only"] = True
+    frames = DATASETS[layout](**options)
+    assert len(frames) == COUNTS[layout][1]
+    assert all(frames.refusal(k) is None for k in range(len(frames)))
+    rejected = tmp_path / "rejected.txt"
+    assert not rejected.exists() or not rejected.read_text().strip()
+    mask = frames[0].mask
+    assert 0.05 < mask.mean() < 0.8
+
+
+@pytest.mark.parametrize("layout", ["NYU", "ICVL", "MSRA"])
+def test_labels_lie_just_under_the_measured_surface(layout, roots):
+    build_index(layout, roots / layout)
+    frames = DATASETS[layout](
+        path=roots / layout,
+        dataset="test",
+        test_only=False,
+        using_rotation=False,
+        using_scale=False,
+        using_shift=False,
+    )
+    below_mm = []
+    for k in range(len(frames)):
+        picture, joints = frames.read(k), frames.joints_uvd(k)
+        for u, v, d in joints:
+            row, column = round(v) - picture.top, round(u) - picture.left
+            if 0 <= row < picture.depth_mm.shape[0] and 0 <= column < picture.depth_mm.shape[1]:
+                below_mm.append(d - float(picture.depth_mm[row, column]))
+    assert 3 < np.median(below_mm) < 25
+
+
+def test_the_same_seed_gives_the_same_bytes_on_any_number_of_processes(roots, tmp_path):
+    write_dataset("NYU", {"train": 12, "test": 4}, 7, tmp_path / "two", 2)
+    assert files_of(tmp_path / "two") == {
+        name: data
+        for name, data in files_of(roots / "NYU").items()
+        if name not in ("train.txt", "val.txt", "test.txt", "rejected.txt")
+    }
+
+
+@pytest.mark.parametrize("layout", ["MSRA", "ICVL"])
+def test_a_frame_does_not_depend_on_how_many_are_rendered(layout, roots, tmp_path):
+    write_dataset(layout, {"train": 9, "test": 3}, 7, tmp_path / "few", 1)
+    for split, count in (("train", 9), ("test", 3)):
+        for number in range(count):
+            name = frame_path(layout, split, number)
+            assert (tmp_path / "few" / name).read_bytes() == (roots / layout / name).read_bytes()
+    write_dataset(layout, {"train": 9, "test": 3}, 8, tmp_path / "other", 1)
+    name = frame_path(layout, "train", 0)
+    assert (tmp_path / "few" / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_test_and_training_frames_differ(roots):
+    assert (roots / "NYU/train/depth_1_0000001.png").read_bytes() != (
+        roots / "NYU/test/depth_1_0000001.png"
+    ).read_bytes()
+
+
+def test_the_official_quirks_are_there(roots):
+    assert not (roots / "ICVL/icvl_train_list.txt").read_text().endswith("\n")
+    centers = (roots / "ICVL/icvl_center_test.txt").read_text().splitlines()
+    assert len(centers) == 704 and centers[702] != "0.000 0.000 0.000" == centers[700]
+    assert (roots / "MSRA/P1/1/joint.txt").read_text().splitlines()[0] == "1"
+    assert all(
+        float(z) < 0 for z in (roots / "MSRA/P1/1/joint.txt").read_text().splitlines()[1].split()[2::3]
+    )
+    assert b"2026" not in (roots / "NYU/train/joint_data.mat").read_bytes()[:116]
+    boxes = (roots / "HAND17/frame/BoundingBox.txt").read_text().splitlines()
+    labels = (roots / "HAND17/frame/test_annotation.txt").read_text().splitlines()
+    assert (
+        len(boxes) == len(labels) == 4 and len(boxes[0].split("\t")) == 5 and len(labels[0].split("\t")) == 64
+    )
+
+
+def test_joint_orders_follow_the_skeletons():
+    joints = np.zeros((1, 21, 3))
+    for k, chain in enumerate(FINGERS.values()):
+        joints[0, list(chain), 0] = 100 * k + np.arange(4)  # finger, then joint
+    joints[0, 0, 0] = -1
+    used = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
+    assert nyu_joints(joints)[0, used, 0][:11].tolist() == [403, 401, 303, 301, 203, 201, 103, 101, 3, 2, 1]
+    assert icvl_joints(joints)[0, 1:, 0].tolist() == [100 * k + j + 0.5 for k in range(5) for j in range(3)]
+    for name, order in (("MSRA", synthetic.MSRA_ORDER), ("HAND17", synthetic.HAND17_ORDER)):
+        for k, chain in enumerate(DATASETS[name].config):
+            assert joints[0, order, 0][chain].tolist() == [-1, *(100 * k + j for j in range(4))]
+
+
+def flat_wall(sensor, depth_mm, seed=0):
+    exact = torch.full((1, 120, 160), float(depth_mm))
+    return measure(exact, sensor, sensor.camera.fx, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", SENSORS)
+def test_noise_grows_with_depth_and_numbers_are_of_the_sensor_s_unit(name):
+    sensor = SENSORS[name]._replace(step_per_m2=0.0)
+    near, far = flat_wall(sensor, 250), flat_wall(sensor, 500)
+    assert 2.5 < far.std() / near.clamp(min=1).std() < 5 or sensor.unit_mm / near.std() > 1
+    assert torch.equal((far / sensor.unit_mm).round(), far / sensor.unit_mm)
+    assert abs(float(far.mean()) - 500) < 1
+    assert (flat_wall(sensor, 5000) == sensor.missing_mm).all()
+
+
+def test_disparity_steps_are_coarser_far_away():
+    steps = [flat_wall(SENSORS["NYU"], depth).unique().diff().float().median() for depth in (750, 1500)]
+    assert 1 <= steps[0] <= 2 and 5 <= steps[1] <= 8  # real NYU frames: 1.6 mm at 755 mm
+
+
+def test_far_surfaces_are_lost_beside_near_ones_and_where_they_are_steep():
+    exact = torch.full((1, 120, 160), 750.0)
+    exact[:, 30:90, 60:100] = 500.0
+    sensor = SENSORS["SR305"]
+    measured = measure(exact, sensor, sensor.camera.fx, torch.Generator().manual_seed(0))
+    missing = measured == 0
+    assert missing[0, 45:75, 102:105].float().mean() > 0.9  # beside the edge, on the far side
+    assert missing[0, 35:85, 66:94].float().mean() < 0.01  # the near surface stays
+    assert missing[0, 5:20].float().mean() < 0.05
+    grazing = exact.clone()
+    grazing[:] = 500 + 14 * torch.arange(160)
+    assert (
+        measure(grazing, sensor, sensor.camera.fx, torch.Generator().manual_seed(0)) == 0
+    ).float().mean() > 0.5
+
+
+def test_a_scene_does_not_depend_on_its_batch_and_shows_the_hand_in_front():
+    sensor = SENSORS["SR305"]
+    uniform = torch.rand(5, SCENE_COLUMNS, generator=torch.Generator().manual_seed(2))
+    depth_mm, mask = render_scene(draw_scenes(uniform, sensor), torch.tensor(sensor.camera), sensor.size_px)
+    alone, alone_mask = render_scene(
+        draw_scenes(uniform[3:4], sensor), torch.tensor(sensor.camera), sensor.size_px
+    )
+    assert torch.equal(depth_mm[3:4], alone) and torch.equal(mask[3:4], alone_mask)
+    joints = joints_xyz(draw_scenes(uniform, sensor).hands)
+    near, far = sensor.hand_mm
+    middle = (joints[..., 2].amin(1) + joints[..., 2].amax(1)) / 2
+    assert (middle >= near - 0.1).all() and (middle <= far + 0.1).all()
+    assert mask.flatten(1).sum(1).min() > 1000
+
+
+def script(*arguments):
+    command = [sys.executable, "synthetic.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(synthetic.__file__).parent)
+
+
+def test_bad_arguments_end_in_one_line_and_write_nothing(tmp_path):
+    result = script("--layout", "NYU", "--train", 0, "--out", tmp_path / "none")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "--train 0" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_or_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "file").touch()
+    counts = {"train": 1, "test": 1}
+    with pytest.raises(UserError, match="exists"):
+        write_dataset("NYU", counts, 1, tmp_path / "old", 1)
+    with pytest.raises(UserError, match="cannot write"):
+        write_dataset("NYU", counts, 1, tmp_path / "file" / "below", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "old"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def fill_up(path, data):
+        if path.name == "depth_1_0000003.png":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
+    with pytest.raises(UserError, match="No space left"):
+        write_dataset("NYU", {"train": 4, "test": 1}, 1, tmp_path / "NYU", 1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,147 @@
+"""Draw the pictures of docs/synthetic: real beside rendered frames, the gestures, the drawn angles and bones.
+
+python -m tools.synthetic_figures --real ../shared/real
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+
+import hand
+from datasets import read_png
+from render import render_depth
+from scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
+from utils import UserError, run
+
+# Frames whose views look like the real ones beside them.
+RENDERED = [("NYU", 10), ("SR305", 0), ("SR305", 34), ("SR305", 36), ("SR305", 10)]
+REAL_SR305 = ("230536_110", "230536_70", "231615_100", "231615_220")
+SR305_UNIT_MM = 0.125
+SMALLEST = [cv2.IMWRITE_PNG_COMPRESSION, 9]
+
+
+def rendered_frame(name, seed):
+    """Return one measured frame [H, W] in mm of a sensor, and its hand's median depth."""
+    sensor, generator = SENSORS[name], torch.Generator().manual_seed(seed)
+    scene = draw_scenes(torch.rand(1, SCENE_COLUMNS, generator=generator), sensor)
+    exact_mm, mask = render_scene(scene, torch.tensor(sensor.camera), sensor.size_px)
+    depth_mm = measure(exact_mm, sensor, sensor.camera.fx, generator)
+    return depth_mm[0].numpy(), float(exact_mm[mask].median())
+
+
+def real_frames(folder):
+    """Return [(depth in mm [H, W], depth of the hand)] of the NYU frame and of REAL_SR305."""
+    nyu = read_png(folder / "nyu/test/depth_1_0000001.png").astype(np.float32)
+    frames = [(256 * nyu[..., 1] + nyu[..., 0], 765.0)]
+    for name in REAL_SR305:
+        depth_mm = read_png(folder / f"sr305/{name}.png") * np.float32(SR305_UNIT_MM)
+        frames.append((depth_mm, float(np.percentile(depth_mm[depth_mm > 0], 15))))
+    return frames
+
+
+def colored(depth_mm, hand_mm):
+    """Return a picture [H, W, 3] of depth from 60 mm before a hand to 300 mm behind; white: nothing."""
+    shade = np.clip((depth_mm - hand_mm + 60) / 360, 0, 1)
+    picture = (matplotlib.colormaps["turbo"](shade)[..., 2::-1] * 255).astype(np.uint8)
+    picture[(depth_mm <= 0) | (depth_mm > 2000)] = 255
+    return picture
+
+
+def draw_real_and_rendered(real, out):
+    """Write a row of real frames above a row of rendered ones."""
+    rows = [real_frames(real), [rendered_frame(*key) for key in RENDERED]]
+    pictures = [
+        [cv2.resize(colored(*frame), (320, 240), interpolation=cv2.INTER_AREA) for frame in row]
+        for row in rows
+    ]
+    border = [[cv2.copyMakeBorder(p, 2, 2, 2, 2, cv2.BORDER_CONSTANT) for p in row] for row in pictures]
+    cv2.imwrite(
+        str(out / "real_and_rendered.png"), cv2.vconcat([cv2.hconcat(row) for row in border]), SMALLEST
+    )
+
+
+def draw_gestures(out):
+    """Write a sheet of all gestures, seen from the palm and from the thumb's side, with joints."""
+    angles = hand.gesture_angles(torch.zeros(1))
+    count, camera = len(angles), torch.tensor([480.0, 480, 80, 100])
+    rows = []
+    for turn in (0.35, 1.3):
+        hands = hand.Hands(
+            torch.tensor(hand.BONES_MM).expand(count, 5, 4),
+            torch.ones(count),
+            angles,
+            torch.tensor([np.cos(turn / 2), 0, np.sin(turn / 2), 0]).float().expand(count, 4),
+            torch.tensor([0.0, 90, 600]).expand(count, 3),
+            torch.zeros(count).bool(),
+            torch.full((count,), 100.0),
+        )
+        surfaces = hand.hand_and_arm(hands)
+        depth_mm = torch.minimum(*(render_depth(surface, camera, (160, 200)) for surface in surfaces)).numpy()
+        joints = hand.joints_xyz(hands).numpy()
+        rows.append([_sketch(*pair, camera.numpy()) for pair in zip(depth_mm, joints)])
+    cells = [cv2.vconcat(pair) for pair in zip(*rows)]
+    for cell, name in zip(cells, hand.GESTURES):
+        cv2.putText(cell, name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    sheet = cv2.vconcat([cv2.hconcat(cells[k : k + 12]) for k in range(0, count, 12)])
+    cv2.imwrite(str(out / "gestures.png"), sheet, SMALLEST)
+
+
+def _sketch(depth_mm, joints, camera):
+    picture = colored(np.where(np.isfinite(depth_mm), depth_mm, 0), 560)
+    for x, y, z in joints:
+        center = round(float(x / z * camera[0] + camera[2])), round(float(y / z * camera[1] + camera[3]))
+        cv2.circle(picture, center, 2, (0, 0, 0), -1, cv2.LINE_AA)
+    return picture
+
+
+def draw_angles(out):
+    """Write histograms of the angles and bone lengths of 10,000 drawn hands with their limits."""
+    from matplotlib import pyplot as plt
+
+    matplotlib.use("Agg")
+    hands = hand.draw_hands(
+        hand.Noise(torch.rand(10000, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(0)))
+    )
+    figure, axes = plt.subplots(3, 4, figsize=(12, 7))
+    for axis, (name, limits) in zip(axes.flat, hand.LIMITS_DEG.items()):
+        columns = [k for k, other in enumerate(hand.ANGLES) if other == name]
+        axis.hist(hands.angles[:, columns].rad2deg().flatten().numpy(), bins=60)
+        axis.set_title(f"{name}, deg", fontsize=9)
+        for limit in limits:
+            axis.axvline(limit, color="k", lw=1, ls="--")
+    for axis, (finger, bone) in zip(axes.flat[10:], ((2, 0), (1, 1))):
+        axis.hist(hands.bones_mm[:, finger, bone].numpy(), bins=60)
+        axis.set_title(("middle metacarpal", "index proximal phalanx")[finger == 1] + ", mm", fontsize=9)
+        for side in (-1, 1):
+            limit = hand.BONES_MM[finger][bone] + side * hand.BONE_LIMIT_SD * hand.BONES_SD_MM[finger][bone]
+            axis.axvline(limit, color="k", lw=1, ls="--")
+    figure.tight_layout()
+    figure.savefig(out / "angles.png", dpi=70)
+
+
+def main():
+    """Read the command line and draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--real", type=Path, help="folder with nyu/ and sr305/; without it no real_and_rendered.png"
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/synthetic"), help="folder to write to")
+    args = parser.parse_args()
+    if args.real and not (args.real / "sr305").is_dir():
+        raise UserError(f"{args.real}/sr305 not found: --real is the folder of the real frames")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.real:
+        draw_real_and_rendered(args.real, args.out)
+    draw_gestures(args.out)
+    draw_angles(args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
