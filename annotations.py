@@ -3,9 +3,10 @@
 import os
 import random
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from typing import NamedTuple
 
 import cv2
@@ -15,15 +16,31 @@ import torch
 from scipy.io.matlab import MatReadError
 from tqdm import tqdm
 
+from cache import make_record, open_cache, write_cache
 from datasets import DATASETS, MSRADataset
 from frames import FrameError, LineFile
-from transforms import find_center
+from handfinder import find_center
 from utils import UserError, atomic_path
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
 MSRA_GESTURES = "1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y".split()
 HAND17_TRAIN_SHARE = 0.95
 CHUNK = 32
+MAT_ERRORS = (
+    MatReadError,
+    BrokenProcessPool,
+    ValueError,
+    TypeError,
+    IndexError,
+    OSError,
+    OverflowError,
+    MemoryError,
+    NameError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    zlib.error,
+)
 
 TREES = {
     "NYU": """train/joint_data.mat  train/depth_1_0000001.png ...
@@ -71,26 +88,25 @@ def nyu_lines(root, split):
     """Return an index line for every NYU frame of `train` or `test`: path, 14 joints uvd."""
     path = require(root / split / "joint_data.mat", "NYU", root)
     try:
-        joints = scipy.io.loadmat(path, variable_names=["joint_uvd"])["joint_uvd"]
+        # A damaged file can crash scipy, so it is read in another process.
+        with ProcessPoolExecutor(1) as pool:
+            joints = pool.submit(_load_joints, path).result()
     except KeyError:
         raise UserError(f"{path} holds no joint_uvd: extract the NYU archive again") from None
-    except (
-        MatReadError,
-        ValueError,
-        TypeError,
-        IndexError,
-        OSError,
-        NotImplementedError,
-        zlib.error,
-    ) as error:
-        raise UserError(f"{path} is damaged ({error}): extract the NYU archive again") from error
-    if joints.ndim != 4 or joints.shape[2:] != (36, 3) or joints.dtype.kind not in "fiu":
+    except MAT_ERRORS as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path} is damaged ({reason}): extract the NYU archive again") from error
+    if joints.ndim != 4 or not len(joints) or joints.shape[2:] != (36, 3) or joints.dtype.kind not in "fiu":
         raise UserError(f"{path}: joint_uvd is {joints.dtype} {joints.shape}, expected numbers [3, N, 36, 3]")
     joints = joints[0][:, NYU_JOINTS].reshape(joints.shape[1], -1).astype(np.float64)
     return [
         f"{(root / split).as_posix()}/depth_1_{number:07d}.png {' '.join(map(str, row))}"
         for number, row in enumerate(joints.tolist(), start=1)
     ]
+
+
+def _load_joints(path):
+    return np.asarray(scipy.io.loadmat(path, variable_names=["joint_uvd"])["joint_uvd"])
 
 
 def icvl_lines(root, split):
@@ -300,8 +316,44 @@ def _complete_centers(source):
     _write_lines(computed[0], lines)
 
 
+def build_cache(name, root, force=False):
+    """Write the crop caches of a data set whose index files are in place; print their size.
+
+    Leaves a cache that serves the index as it is, unless `force`. Raises UserError where the disk is full.
+    """
+    for file, group in _cache_sources(name, root).items():
+        path, settings = root / file, group[0].cache_settings()
+        known = (frames.cache_key(index) for frames in group for index in range(len(frames)))
+        if path.is_file() and not force and open_cache(path, settings, known):
+            print(f"{path} is in place; --force builds it again")
+            continue
+        records = chain.from_iterable(
+            over_frames(make_record, frames, f"cache {frames.index_name()}") for frames in group
+        )
+        count = write_cache(path, settings, records)
+        size = path.stat().st_size
+        print(f"{path}: {count} frames, {size / 1e6:.1f} MB, {size / max(count, 1) / 1e3:.1f} kB a frame")
+
+
+def _cache_sources(name, root):
+    """Return, for each cache file, the splits whose frames it holds; those left out are parts of these."""
+    options = [{"dataset": split} for split in ("train", "test")]
+    if name == "MSRA":
+        options = [{"dataset": "test", "subject": subject} for subject in range(MSRADataset.subjects)]
+    elif name == "HAND17":
+        options = [{"dataset": "train"}, {"dataset": "val"}, {"dataset": "test", "test_only": True}]
+    groups = {}
+    for option in options:
+        frames = DATASETS[name](path=root, targets=False, use_cache=False, **option)
+        groups.setdefault(frames.cache_name(), []).append(frames)
+    return groups
+
+
 def over_frames(work, frames, title):
-    """Yield work(frames, index) for every frame, in order, computed on all cores, with a progress bar."""
+    """Yield work(frames, index) for every frame, in order, computed on all cores, with a progress bar.
+
+    Few results are on their way at a time, so that a slow reader of them does not fill the memory.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     size = min(256, max(1, len(frames) // (8 * cores)))
     chunks = [range(start, min(start + size, len(frames))) for start in range(0, len(frames), size)]
@@ -310,9 +362,12 @@ def over_frames(work, frames, title):
             ProcessPoolExecutor(cores, initializer=_start_worker, initargs=(work, frames)) as pool,
             tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar,
         ):
-            for results in pool.map(_run_chunk, chunks):
-                yield from results
-                bar.update(len(results))
+            pending = deque()
+            for chunk in [*chunks, *[None] * (2 * cores)]:
+                pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
+                if len(pending) > 2 * cores and (done := pending.popleft()):
+                    yield from done.result()
+                    bar.update(len(done.result()))
     except BrokenProcessPool:
         raise UserError(f"a worker died while it read {frames.root}: is there enough memory?") from None
 
@@ -351,8 +406,6 @@ def _refusal(frames, index):
 
 def _center(frames, index):
     try:
-        return "{:.3f} {:.3f} {:.3f}".format(
-            *find_center(frames.read(index), frames.camera, frames.cube_size)
-        )
+        return "{:.3f} {:.3f} {:.3f}".format(*find_center(frames.read(index), frames.camera))
     except (FrameError, ValueError):
         return "invalid"

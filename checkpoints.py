@@ -4,12 +4,33 @@ import io
 import os
 import pickle
 import random
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from utils import UserError, atomic_path
+
+# What torch and zipfile raise at a file whose bytes were changed.
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    OSError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 def draw_seed():
@@ -50,28 +71,30 @@ def load_checkpoint(path, needed=("state_dict", "model_param")):
     if not path.is_file():
         raise UserError(f"{path} not found: train first, or name a checkpoint that exists")
     try:
+        _verify(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is no checkpoint, or holds more than weights and was refused unread"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OSError,
-    ) as error:
+    except DAMAGE as error:
         raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0][:80]}): copy or train it again"
+            f"{path} is damaged ({' '.join(str(error).split())[:80] or 'empty'}): copy or train it again"
         ) from error
     absent = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if absent:
         raise UserError(f"{path} is no checkpoint of this network: it has no {' and no '.join(absent)}")
     return checkpoint
+
+
+def _verify(path):
+    """Compare a checkpoint's weights with their checksums, which torch does not; raise one of DAMAGE."""
+    if not zipfile.is_zipfile(path):
+        return  # written by an old torch, without checksums
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
 
 
 def random_states():

@@ -209,16 +209,15 @@ class HandDataset(Dataset):
             if augmentation == Augmentation() and not on_grid(uvd[:, :2], USABLE_GRID).all():
                 raise FrameError(self.frame_path(index), "a joint lies outside the heatmap grid")
 
-        image = resize(crop_hand(frame, com, box_px, cube_mm, window), self.image_size)
-        image = augment_image(image, augmentation)
-        label_image = resize(image, self.label_size)
-        known = UnlabelledSample(
-            _picture(image / np.float32(cube_mm)),
-            _picture(label_image / np.float32(cube_mm)),
-            _picture(label_image != 0),
-            _tensor(box_px),
-            _tensor(cube_mm),
-            _tensor(com),
+        known = prepare_crop(
+            frame,
+            com,
+            cube_mm,
+            self.camera,
+            window=window,
+            image_size=self.image_size,
+            label_size=self.label_size,
+            augmentation=augmentation,
         )
         return known if self.test_only else self._with_targets(known, _tensor(uvd))
 
@@ -315,9 +314,10 @@ class HandDataset(Dataset):
 
     def frame_path(self, index):
         """Return where frame `index` lies; of the index line's path only the data set's part is used."""
-        if self._latest_path[0] != index:
-            self._latest_path = index, self._resolve(self._fields(index)[0])
-        return self._latest_path[1]
+        latest = self._latest_path
+        if latest[0] != index:
+            self._latest_path = latest = index, self._resolve(self._fields(index)[0])
+        return latest[1]
 
     def _resolve(self, path_text):
         return self.root.joinpath(*path_text.split("/")[-self.path_parts :])
@@ -423,9 +423,41 @@ class HandDataset(Dataset):
         return recover_uvd(uvd, batch.box_size, batch.cube_size, batch.com)
 
 
+def prepare_crop(
+    frame,
+    center_uvd,
+    cube_mm,
+    camera,
+    *,
+    window=None,
+    image_size=128,
+    label_size=64,
+    augmentation=Augmentation(),  # noqa: B008 (a named tuple cannot change)
+):
+    """Return the network's input for one hand, an UnlabelledSample.
+
+    `frame` is a Frame in mm, `center_uvd` the hand's middle (column px, row px, depth mm; column and
+    row are truncated), `cube_mm` half the edge of the cube around it. Pixels outside `window` (a
+    Rect) count as empty. Raises ValueError for an impossible depth of the centre.
+    """
+    box_px = box_size_px(center_uvd[2], cube_mm, camera)
+    com = np.array([int(center_uvd[0]), int(center_uvd[1]), center_uvd[2]])
+    image = resize(crop_hand(frame, com, box_px, cube_mm, window), image_size)
+    image = augment_image(image, augmentation)
+    label_image = resize(image, label_size)
+    return UnlabelledSample(
+        _picture(image / np.float32(cube_mm)),
+        _picture(label_image / np.float32(cube_mm)),
+        _picture(label_image != 0),
+        _tensor(box_px),
+        _tensor(cube_mm),
+        _tensor(com),
+    )
+
+
 def _tensor(values):
     # Four times as fast as torch.tensor, which looks at every element's type.
-    return torch.from_numpy(np.array(values, np.float32))
+    return torch.from_numpy(np.asarray(values, np.float32))
 
 
 def _picture(image):
@@ -525,8 +557,11 @@ class MSRADataset(HandDataset):
         return "frames.cache"
 
     def read(self, index):
-        """Decode the rectangle that the file holds; the rest of the picture is zero."""
-        path = self.frame_path(index)
+        """Decode the rectangle that the file of frame `index` holds; the rest of the picture is zero."""
+        return self.decode(self.frame_path(index))
+
+    def decode(self, path):
+        """Return the Frame that a file holds: a rectangle of the picture. Raises FrameError."""
         data = read_bytes(path)
         if len(data) < 24:
             raise FrameError(path, f"the header needs 24 bytes, the file has {len(data)}")

@@ -12,9 +12,13 @@ def start(device_name, gpu_id):
     if "RANK" not in os.environ:
         return gpu_id
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if on_gpu and local_rank < torch.cuda.device_count():
+        # NCCL sends Python objects by way of the current GPU, which two processes must not share.
+        torch.cuda.set_device(local_rank)
     # Validation of a large split on one rank may keep the others waiting.
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=60))
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return local_rank
 
 
 def stop():
@@ -43,6 +47,11 @@ def reduce(tensor, operation="sum"):
     if dist.is_initialized():
         dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
     return tensor
+
+
+def total(number, device):
+    """Return the sum of a whole number over all processes."""
+    return int(reduce(torch.tensor(number, device=device)))
 
 
 def share(value):

@@ -1,6 +1,8 @@
 """Reading index lines and depth frames; what is wrong with one is said in a FrameError."""
 
-import mmap
+import math
+import os
+import weakref
 from pathlib import Path
 
 import cv2
@@ -21,29 +23,30 @@ class FrameError(UserError):
 
 
 class LineFile:
-    """The lines of a text file, read on demand from a memory map.
+    """The lines of a text file, each read when it is asked for.
 
-    A million lines cost eight bytes each, shared pages aside, and a worker that is handed a
-    LineFile opens the map anew. Raises UserError where the file is missing or empty.
+    A million lines cost sixteen bytes each, and a worker that is handed a LineFile opens the file
+    anew. No memory map, which would crash the process once the file is cut short. Raises UserError
+    where the file is missing or empty.
     """
 
     def __init__(self, path, skip_blank=False):
         self.path, self.skip_blank = Path(path), skip_blank
         try:
-            with self.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise UserError(f"{path} is empty: replace it or build it again") from None
+            self._file = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            newlines, size = [], 0
+            while block := os.pread(self._file, 1 << 24, size):
+                newlines.append(size + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
+                size += len(block)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        newlines = [
-            at + np.flatnonzero(np.frombuffer(self._map[at : at + (1 << 24)], np.uint8) == ord("\n"))
-            for at in range(0, len(self._map), 1 << 24)
-        ]
-        ends = np.concatenate([*newlines, [len(self._map)]])
+        if not size:
+            raise UserError(f"{path} is empty: replace it or build it again")
+        ends = np.concatenate([*newlines, [size]])
         starts = np.concatenate([[0], ends[:-1] + 1])
         # A last newline ends a line and begins none; one byte or none is a blank (or "\r") line.
-        keep = ends - starts > 1 if skip_blank else starts < len(self._map)
+        keep = ends - starts > 1 if skip_blank else starts < size
         self._spans = np.stack([starts, ends], axis=1)[keep]
         if len(self._spans) == 0:
             raise UserError(f"{path} holds only blank lines: replace it or build it again")
@@ -52,8 +55,8 @@ class LineFile:
         return len(self._spans)
 
     def __getitem__(self, index):
-        start, end = self._spans[index]
-        return self._map[start:end].decode("utf-8", "replace").strip()
+        start, end = self._spans[index].tolist()
+        return os.pread(self._file, end - start, start).decode("utf-8", "replace").strip()
 
     def __reduce__(self):
         return LineFile, (self.path, self.skip_blank)
@@ -79,8 +82,9 @@ def read_bytes(path):
         data = Path(path).read_bytes()
     except FileNotFoundError:
         raise FrameError(path, "the file is missing") from None
-    except OSError as error:
-        raise FrameError(path, f"the file cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: the path holds a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise FrameError(path, f"the file cannot be read: {reason}") from error
     if not data:
         raise FrameError(path, "the file is empty")
     return data
@@ -90,11 +94,11 @@ def parse_numbers(text, count, frame, what):
     """Return `count` finite numbers from blank-separated text; FrameError where there are not."""
     try:
         # Ten times as fast as leaving the conversion of text to NumPy.
-        numbers = np.array([float(word) for word in text.split()])
+        numbers = [float(word) for word in text.split()]
     except ValueError:
         raise FrameError(frame, f"{what} is not numbers: {text[:40]!r}") from None
     if len(numbers) != count:
         raise FrameError(frame, f"{what} has {len(numbers)} numbers, expected {count}")
-    if not np.isfinite(numbers).all():
+    if not all(map(math.isfinite, numbers)):
         raise FrameError(frame, f"{what} has a number that is not finite")
-    return numbers
+    return np.array(numbers)

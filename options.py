@@ -120,7 +120,12 @@ def _subject(text):
 def _parse(parser, argv):
     argv = sys.argv[1:] if argv is None else list(argv)
     path = parser.parse_args(argv).config
-    return parser.parse_args(_config_arguments(parser, path) + argv if path else argv)
+    args = parser.parse_args(_config_arguments(parser, path) + argv if path else argv)
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size must be above 0, not {args.batch_size}")
+    if args.num_workers < 0:
+        raise UserError(f"--num_workers must be 0 or more, not {args.num_workers}")
+    return args
 
 
 def _config_arguments(parser, path):
@@ -144,15 +149,16 @@ def _config_arguments(parser, path):
 
 
 def _check_ranges(args):
-    positive = ("batch_size", "kernel_size", "sigmoid", "epoch", "lr", "decay_epoch", "features", "stages")
+    positive = ("kernel_size", "sigmoid", "epoch", "lr", "decay_epoch", "features", "stages")
     for name in positive:
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
     if not 0 <= args.alpha <= 1:
         raise UserError(f"--alpha must be between 0 and 1, not {args.alpha}")
-    if not 0 <= args.holdout < 1:
-        raise UserError(f"--holdout must be at least 0 and below 1, not {args.holdout}")
-    if args.num_workers < 0:
-        raise UserError(f"--num_workers must be 0 or more, not {args.num_workers}")
+    for name in ("holdout", "beta1", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(args, name)}")
+    if not args.weight_decay >= 0:
+        raise UserError(f"--weight_decay must be 0 or more, not {args.weight_decay}")
     if args.kernel_size % 2 == 0 or args.kernel_size // 2 >= args.label_size:
         raise UserError(f"--kernel_size must be odd and below twice --label_size, not {args.kernel_size}")

@@ -6,7 +6,7 @@ import platform
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,6 +37,8 @@ FREE_OPTIONS = {
     "compile",
 }
 
+STATE_KEYS = "state_dict optimizer scheduler epoch progress records random seed options index".split()
+
 
 def run_name(args):
     """Return the name that a run's checkpoints, logs and results share."""
@@ -53,7 +55,11 @@ def build_optimizer(args, parameters):
     """Return AdamW or SGD as the options ask, fused (see engine.train_step)."""
     shared = dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)
     if args.opt == "sgd":
-        return torch.optim.SGD(parameters, momentum=args.beta1, **shared)
+        sgd = torch.optim.SGD(parameters, momentum=args.beta1, **shared)
+        for parameter in sgd.param_groups[0]["params"]:
+            # Should the first step be skipped, fused SGD would leave its momentum uninitialised.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     return torch.optim.AdamW(parameters, betas=(args.beta1, args.beta2), **shared)
 
 
@@ -71,8 +77,9 @@ class RunState:
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, args.decay_epoch, args.lr_decay)
         self.epoch, self.records, self.progress = 0, [], Progress()
         self.provenance = provenance(args, splits)
-        self.signal, self.saved_at, self.unsaved = 0, time.monotonic(), {}
-        self.board = None
+        self.saved_at, self.unsaved, self.board = time.monotonic(), {}, None
+        # The signal that this process got, and the one that all processes know of.
+        self.signal, self.agreed_signal = 0, 0
 
     @contextmanager
     def open_logs(self):
@@ -83,8 +90,21 @@ class RunState:
         # TensorBoard takes seconds to import, which no other script should pay.
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(Path("logs", self.run), purge_step=self.epoch + 1) as self.board:
+        self.board = SummaryWriter(Path("logs", self.run), purge_step=self.epoch + 1)
+        try:
             yield
+        finally:
+            self.log("close")
+
+    def log(self, method, *values, **options):
+        """Call a method of TensorBoard's writer; where its disk is full warn, and log no more there."""
+        if self.board is None:
+            return
+        try:
+            getattr(self.board, method)(*values, **options)
+        except OSError as error:
+            tqdm.write(f"WARNING: TensorBoard's log ends here: {error.strerror or error}")
+            self.board = None
 
     def checkpoint(self):
         """Return the published form of a checkpoint, with the provenance of the run."""
@@ -101,56 +121,65 @@ class RunState:
 
         Several processes have to agree, which they do once in REPORT_STEPS steps.
         """
+        if distributed.world_size() > 1 and step % REPORT_STEPS:
+            return False
+        return self.agree()
+
+    def agree(self):
+        """Return whether some process got a signal, or last saved --save_minutes ago."""
         late = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
+        wishes = self.signal, int(late)
         if distributed.world_size() > 1:
-            if step % REPORT_STEPS:
-                return False
-            wishes = torch.tensor([self.signal, int(late)], device=next(self.network.parameters()).device)
-            self.signal, late = distributed.reduce(wishes, "max").tolist()
-        return bool(self.signal or late)
+            device = next(self.network.parameters()).device
+            wishes = distributed.reduce(torch.tensor(wishes, device=device), "max").tolist()
+        self.agreed_signal, late = wishes
+        return bool(self.agreed_signal or late)
 
     def save(self, progress):
         """Write Model/<run>_last.pt; raise Stopped when a signal asked for the end."""
         self.progress, self.saved_at = progress, time.monotonic()
         path = checkpoint_path(self.run, "last")
         if distributed.is_main():
-            self.write(
-                path,
-                {
-                    **self.checkpoint(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "epoch": self.epoch,
-                    "progress": asdict(progress),
-                    "records": self.records,
-                    "random": random_states(),
-                },
-            )
-        if self.signal:
+            self.write_unsaved()
+            state = {
+                **self.checkpoint(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "epoch": self.epoch,
+                "progress": asdict(progress),
+                "records": self.records,
+                "random": random_states(),
+            }
+            with going_on():
+                save_checkpoint(path, state)
+        if self.agreed_signal:
             raise Stopped(
-                f"stopped by {signal.Signals(self.signal).name} in epoch {self.epoch + 1} after step "
+                f"stopped by {signal.Signals(self.agreed_signal).name} in epoch {self.epoch + 1} after step "
                 f"{progress.step}; go on with the same command and --resume",
-                128 + self.signal,
+                128 + self.agreed_signal,
             )
 
     def restore(self, saved):
-        """Take over what `save` wrote."""
-        self.network.load_state_dict(saved["state_dict"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
-        self.epoch, self.records = saved["epoch"], saved["records"]
-        self.progress = Progress(**saved["progress"])
-        restore_random_states(saved["random"])
+        """Take over what `save` wrote. Raises UserError where it does not fit."""
+        try:
+            self.network.load_state_dict(saved["state_dict"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            self.epoch, self.records = saved["epoch"], saved["records"]
+            self.progress = Progress(**saved["progress"])
+            restore_random_states(saved["random"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            path, reason = checkpoint_path(self.run, "last"), " ".join(str(error).split())[:120]
+            raise UserError(f"{path} does not fit this run: {reason}") from error
+        if saved["index"] != self.provenance["index"] and distributed.is_main():
+            print("WARNING: the index files changed since the run began: it goes on with other data")
 
-    def write(self, path, checkpoint):
-        """Save a checkpoint, and those that failed before; where that fails warn, keep it and go on."""
-        self.unsaved[path] = checkpoint
+    def write_unsaved(self):
+        """Save the epochs that are still to be saved."""
         for path, checkpoint in list(self.unsaved.items()):
-            try:
+            with going_on():
                 save_checkpoint(path, checkpoint)
                 del self.unsaved[path]
-            except UserError as error:
-                tqdm.write(f"WARNING: {error}. Training goes on; {path} is tried again at the next save")
 
     def end_epoch(self, record):
         """Record an epoch: checkpoint, state, metrics.jsonl, TensorBoard and one line on screen."""
@@ -159,27 +188,25 @@ class RunState:
         self.epoch += 1
         if distributed.is_main():
             # A copy, for the weights go on changing should the disk be full now.
-            self.write(
-                checkpoint_path(self.run, self.epoch),
-                {
-                    **self.checkpoint(),
-                    "record": record,
-                    "state_dict": {name: value.clone() for name, value in self.network.state_dict().items()},
-                },
-            )
-            with atomic_path(Path("logs", self.run, "metrics.jsonl")) as temporary:
+            self.unsaved[checkpoint_path(self.run, self.epoch)] = {
+                **self.checkpoint(),
+                "record": record,
+                "state_dict": {name: value.clone() for name, value in self.network.state_dict().items()},
+            }
+            with going_on(), atomic_path(Path("logs", self.run, "metrics.jsonl")) as temporary:
                 temporary.write_text("".join(f"{json.dumps(r)}\n" for r in [self.provenance, *self.records]))
             for key in ("loss", "val_loss", "val_mm", "lr"):
-                self.board.add_scalar(key, record[key], self.epoch)
+                self.log("add_scalar", key, record[key], self.epoch)
             print(f"epoch {self.epoch:>3}  loss {record['loss']:.4f}  val {record['val_mm']:.2f} mm")
-        self.save(Progress())
+        self.agree()
+        self.save(Progress(bad_in_a_row=self.progress.bad_in_a_row))
 
     def finish(self):
         """Make the best epoch the final checkpoint; print best and last, return (epoch, best mm, last mm)."""
         best, last = min(self.records, key=lambda record: record["val_mm"]), self.records[-1]
         if distributed.is_main():
-            final = checkpoint_path(self.run, "final")
-            save_checkpoint(final, load_checkpoint(checkpoint_path(self.run, best["epoch"])))
+            final, path = (checkpoint_path(self.run, which) for which in ("final", best["epoch"]))
+            save_checkpoint(final, self.unsaved.get(path) or load_checkpoint(path))
             write_curves(Path("logs", self.run, "curves.png"), self.records)
             print(
                 f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "
@@ -196,10 +223,7 @@ def load_state(args):
     path = checkpoint_path(run_name(args), "last")
     if args.resume is None or args.resume == "auto" and not path.is_file():
         return None
-    saved = load_checkpoint(
-        path,
-        needed=("state_dict", "optimizer", "scheduler", "epoch", "progress", "records", "random", "options"),
-    )
+    saved = load_checkpoint(path, STATE_KEYS)
     if args.resume == "auto" and distributed.is_main():
         print(f"resuming from {path}, epoch {saved['epoch'] + 1}, step {saved['progress']['step']}")
     now = resolved_options(args)
@@ -210,6 +234,15 @@ def load_state(args):
                 f"--{key} is {now[key]} here and {value} in {path}: give the same, or leave --resume out"
             )
     return saved
+
+
+@contextmanager
+def going_on():
+    """Turn a write that fails into a loud warning."""
+    try:
+        yield
+    except UserError as error:
+        tqdm.write(f"WARNING: {error}. Training goes on, and the next save tries again")
 
 
 @contextmanager
@@ -234,9 +267,11 @@ def provenance(args, splits):
         with (split.root / split.index_name()).open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit, here = None, Path(__file__).parent
+    with suppress(FileNotFoundError):  # nobody needs git to train
+        command = ["git", "rev-parse", "HEAD"]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        commit = done.stdout.strip() or None
     versions = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -246,7 +281,7 @@ def provenance(args, splits):
     return {
         "options": resolved_options(args),
         "versions": versions,
-        "commit": commit or None,
+        "commit": commit,
         "index": digest.hexdigest(),
     }
 

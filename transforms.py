@@ -159,14 +159,13 @@ def draw_augmentation(rng, rotation=True, scale=True, shift=True, flip=False):
 
     Every part consumes its draws also when off, so that switching one leaves the others alike.
     """
-    angle, factor = rng.uniform(-ROTATION_DEG, ROTATION_DEG), rng.uniform(*SCALE_RANGE)
-    shift_u, shift_v = rng.uniform(-SHIFT_PX, SHIFT_PX, size=2)
-    mirrored = rng.random() < 0.5
+    angle, factor, shift_u, shift_v, mirrored = rng.random(5).tolist()
+    smallest, largest = SCALE_RANGE
     return Augmentation(
-        angle if rotation else 0.0,
-        factor if scale else 1.0,
-        (shift_u, shift_v) if shift else (0.0, 0.0),
-        bool(flip and mirrored),
+        ROTATION_DEG * (2 * angle - 1) if rotation else 0.0,
+        smallest + (largest - smallest) * factor if scale else 1.0,
+        (SHIFT_PX * (2 * shift_u - 1), SHIFT_PX * (2 * shift_v - 1)) if shift else (0.0, 0.0),
+        flip and mirrored < 0.5,
     )
 
 
@@ -235,42 +234,3 @@ def cut_bounding_box(frame, bbox):
     return Frame(
         np.where(depth <= near.mean(dtype=np.float64) + 100, depth, np.float32(0)), part.left, part.top
     )
-
-
-def find_center(frame, camera, cube_mm):
-    """Find the hand as the nearest blob; return its centre, uvd.
-
-    Starts at the nearest connected surface of plausible size and moves to the centre of mass of
-    what lies within `cube_mm` of the current centre until it rests.
-    Raises ValueError where no blob is large enough.
-    """
-    depth = frame.depth_mm.astype(np.float32)
-    measured = Frame(depth, frame.left, frame.top)
-    nearest = _nearest_blob(depth, camera, cube_mm)
-    rows, columns = np.nonzero(nearest)
-    center = np.array([columns.mean() + frame.left, rows.mean() + frame.top, np.median(depth[nearest])])
-    for _ in range(10):
-        part = window_around(center, cube_mm, camera).intersect(frame.rect)
-        inside = measured.within(part)
-        kept = np.where(np.abs(inside - center[2]) < cube_mm, inside, np.float32(0))
-        moved = center_of_mass(Frame(kept, part.left, part.top))
-        if np.abs(moved - center).max() < 0.5:
-            return moved
-        center = moved
-    return center
-
-
-def _nearest_blob(depth, camera, cube_mm):
-    """Return the mask [H, W] of the nearest connected surface that is at least 20 x 20 mm."""
-    valid = depth > 0
-    if not valid.any():
-        raise ValueError("the frame is empty")
-    for near in np.unique(np.floor(depth[valid] / 50)) * 50:
-        layer = (valid & (depth < near + cube_mm)).astype(np.uint8)
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(layer, connectivity=8)
-        largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-        blob = labels == largest
-        pixel_mm2 = float(np.median(depth[blob])) ** 2 / (camera.fx * camera.fy)
-        if stats[largest, cv2.CC_STAT_AREA] * pixel_mm2 >= 400:
-            return blob
-    raise ValueError("no surface is as large as a hand")

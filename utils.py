@@ -1,9 +1,11 @@
 """Errors, atomic files, logs and pictures, shared by all scripts."""
 
+import glob
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -56,6 +58,7 @@ def atomic_path(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
@@ -71,6 +74,14 @@ def atomic_path(path):
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _remove_leftovers(path):
+    """Remove what writers of `path` that were killed left behind; one at work wrote in the last hour."""
+    for leftover in path.parent.glob(glob.escape(f".{path.stem}.") + "????????" + glob.escape(path.suffix)):
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > 3600:
+                leftover.unlink()
 
 
 def colour_depth(image):
@@ -124,7 +135,8 @@ def draw_comparison(image, true, predicted, chains, size=256):
 def write_picture(path, picture):
     """Write an RGB uint8 picture atomically; the suffix chooses the format."""
     with atomic_path(path) as temporary:
-        cv2.imwrite(str(temporary), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        # cv2.imwrite does not tell when the disk is full.
+        temporary.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1])
 
 
 def write_curves(path, records):

@@ -1,0 +1,366 @@
+"""Find the hand in depth frames of any camera and predict its joints, in millimetres and pixels.
+
+python predict.py docs/predict/frame.png --camera SR305
+python predict.py recording/ --camera 476.0,476.0,313.7,242.8 --depth_unit 0.125 --plot3d --out Result/mine
+python predict.py frame.npy --camera camera.yml --center 320,240,600 --hand left --model Model/mine.pt
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cameras import PRESETS, check_depth, list_frames, parse_camera, parse_numbers, read_depth
+from checkpoints import load_checkpoint, resolve_device
+from datasets import DATASETS, UnlabelledSample, prepare_crop
+from engine import prepare
+from frames import FrameError
+from handfinder import find_center
+from loading import to_device
+from model import grid_position
+from predictions import PredictionWriter
+from runs import load_network
+from transforms import (
+    Camera,
+    Frame,
+    box_size_px,
+    center_of_mass,
+    cut_bounding_box,
+    recover_uvd,
+    uvd2xyz,
+    window_around,
+)
+from utils import UserError, run
+
+DEFAULT_MODEL = Path("Model/HAND17_synthetic_final.pt")
+
+# Joints of a checkpoint that does not name its data set.
+DATASET_OF_JOINTS = {14: "NYU", 16: "ICVL", 21: "HAND17"}
+LAST_BIAS = "stages.0.plane_regression.conv.9.bias"
+
+# A joint's confidence is the share of its heatmap within this distance of it.
+SURE_WITHIN_MM = 15.0
+
+# The surface that the second pass takes for the hand: what lies so near to a joint or a bone.
+HAND_AROUND_BONES_MM = 25.0
+LEAST_SHARE = 0.3
+
+SOME_FAILED = 3
+
+
+class HandPose(NamedTuple):
+    """The joints of one frame, in the order of the model's data set, or why there are none.
+
+    joints_xyz [J, 3] mm (camera frame: x right, y down, z forward); joints_uvd [J, 3] (column px, row
+    px, depth mm); confidence [J], 0 to 1: the share of the joint's heatmap within 15 mm of it;
+    center_uvd [3]: the centre of the crop that was used. `reason` is None where there are joints;
+    where there is no hand it says so and the others are None.
+    """
+
+    joints_xyz: np.ndarray | None
+    joints_uvd: np.ndarray | None
+    confidence: np.ndarray | None
+    center_uvd: np.ndarray | None
+    reason: str | None = None
+
+
+class Place(NamedTuple):
+    """Where a hand is in a frame, as the network sees it (a left hand's frame mirrored).
+
+    `width` is the whole picture's, px; `window` (Rect or None) bounds what may belong to the hand;
+    `found`: nobody said where it is.
+    """
+
+    frame: Frame
+    width: int
+    camera: Camera
+    center_uvd: np.ndarray
+    window: tuple | None
+    found: bool
+
+
+def no_hand(reason):
+    """Return the HandPose of a frame without a hand."""
+    return HandPose(None, None, None, None, str(reason))
+
+
+class HandPoseEstimator:
+    """The joints of the hand in depth frames of one camera.
+
+        estimator = HandPoseEstimator("Model/HAND17_synthetic_final.pt", "SR305")
+        pose = estimator(depth_mm)                  # depth_mm: [H, W], uint16 or float, 0: not measured
+        pose.joints_xyz                             # [21, 3] mm
+        poses = estimator.batch([depth_mm, other_mm])
+        pose = estimator(next_mm, near_uvd=pose.center_uvd)    # a sequence: where the hand was last
+
+    `model` is a checkpoint's path (None: the one that ships with the project); `camera` a Camera or
+    what --camera takes (a stored unit other than mm is not applied: give mm). `joints` names the data
+    set whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
+    default to what the checkpoint was trained on. `hand` is right, or left: then frames are mirrored
+    for the network and joints mirrored back.
+
+    Raises UserError where the model or camera is of no use.
+    """
+
+    def __init__(
+        self, model=None, camera="HAND17", *, joints=None, cube_mm=None, hand="right", device="auto"
+    ):
+        if hand not in ("right", "left"):
+            raise UserError(f"hand must be right or left, not {hand!r}")
+        self.camera = camera if isinstance(camera, Camera) else parse_camera(camera).camera
+        self.device = resolve_device(device)
+        self.model = Path(model or DEFAULT_MODEL)
+        self.network, name = load_model(self.model, joints)
+        self.dataset = DATASETS[name]
+        self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
+        self._forward = prepare(self.network, self.device)
+
+    def __call__(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
+        """Return the HandPose of one frame, depth [H, W] in mm.
+
+        With `center_uvd` (column px, row px, depth mm) or `bbox` (left, top, width, height; px) the
+        hand is taken to be there, once; else it is found, preferably near `near_uvd`, and cut out
+        anew around the first prediction. Raises ValueError where the frame is no depth picture.
+        """
+        return self.batch([depth_mm], [center_uvd], [bbox], [near_uvd])[0]
+
+    def batch(self, frames, centers_uvd=None, bboxes=None, near_uvd=None):
+        """Return a list of HandPose, one for each frame [H, W] in mm; sizes may differ.
+
+        The lists beside `frames` hold what `__call__` takes, None where it is not known.
+        Raises ValueError where a frame is no depth picture.
+        """
+        blank = [None] * len(frames)
+        hints = zip(frames, centers_uvd or blank, bboxes or blank, near_uvd or blank, strict=True)
+        places = [self._locate(*hint) for hint in hints]
+        poses = [place if isinstance(place, HandPose) else None for place in places]
+        hands = [index for index, pose in enumerate(poses) if pose is None]
+        if not hands:
+            return poses
+        crops = [self.crop(places[index]) for index in hands]
+        uvd, confidence = self._predict(crops)
+        again = [k for k, index in enumerate(hands) if places[index].found]
+        for k in again:
+            place = self._around(places[hands[k]], _middle(crops[k], uvd[k]))
+            places[hands[k]], crops[k] = place, self.crop(place)
+        if again:
+            uvd[again], confidence[again] = self._predict([crops[k] for k in again])
+        for index, crop, *output in zip(hands, crops, uvd, confidence):
+            poses[index] = self._pose(places[index], crop, *output)
+        return poses
+
+    def crop(self, place):
+        """Return the network's input for a hand at a Place, an UnlabelledSample."""
+        label_size = self.network.param["label_size"]
+        return prepare_crop(
+            place.frame,
+            place.center_uvd,
+            self.cube_mm,
+            place.camera,
+            window=place.window,
+            image_size=2 * label_size,
+            label_size=label_size,
+        )
+
+    def _locate(self, depth_mm, center_uvd, bbox, near_uvd):
+        """Return the Place of the hand in a frame, or the HandPose that says that there is none."""
+        depth_mm, camera = check_depth(depth_mm), self.camera
+        if not depth_mm.any():
+            return no_hand("the frame is empty: no pixel has a depth")
+        if self.hand == "left":
+            width = depth_mm.shape[1]
+            depth_mm = np.ascontiguousarray(depth_mm[:, ::-1])
+            camera = camera._replace(u0=width - 1 - camera.u0)
+            center_uvd, near_uvd = _mirrored(center_uvd, width), _mirrored(near_uvd, width)
+            bbox = bbox and (width - bbox[0] - bbox[2], *bbox[1:])
+        place = Place(Frame(depth_mm), depth_mm.shape[1], camera, center_uvd, None, False)
+        try:
+            if bbox is not None:
+                frame = cut_bounding_box(place.frame, bbox)
+                return place._replace(frame=frame, center_uvd=center_of_mass(frame))
+            if center_uvd is not None:
+                return self._around(place, np.asarray(center_uvd, np.float64))
+            return self._around(place._replace(found=True), find_center(place.frame, camera, near_uvd))
+        except ValueError as error:
+            return no_hand(error)
+
+    def _around(self, place, center_uvd):
+        """Return a Place moved to a centre, with the window that the model's data set lays around it."""
+        box_size_px(center_uvd[2], self.cube_mm, place.camera)
+        if self.dataset.margin_mm is None:
+            return place._replace(center_uvd=center_uvd)
+        window = window_around(center_uvd, self.cube_mm - self.dataset.margin_mm, place.camera)
+        return place._replace(center_uvd=center_uvd, window=window)
+
+    @torch.inference_mode()
+    def _predict(self, crops):
+        """Return normalised joints [B, J, 3] and confidences [B, J] of a list of crops."""
+        samples = to_device(UnlabelledSample(*map(torch.stack, zip(*crops))), self.device)
+        output = self._forward(samples.img, samples.label_img, samples.mask)
+        uvd, heatmaps = output.uvd.float(), output.heatmaps.float()
+        size = heatmaps.shape[-1]
+        pixel = torch.arange(size, device=uvd.device)
+        column, row = grid_position(uvd[..., :2], size)[..., None].unbind(-2)
+        off_px = torch.hypot((row - pixel)[..., :, None], (column - pixel)[..., None, :])  # (B, J, L, L)
+        near = off_px < SURE_WITHIN_MM * (size - 1) / (2 * self.cube_mm)
+        return uvd.cpu().numpy(), (heatmaps * near).sum((-2, -1)).cpu().numpy()
+
+    def _pose(self, place, crop, uvd, confidence):
+        """Return the HandPose of a crop's normalised joints; a left hand is mirrored back."""
+        joints_uvd = recover_uvd(uvd, float(crop.box_size), float(crop.cube_size), crop.com.numpy())
+        joints_xyz, center_uvd = uvd2xyz(joints_uvd, place.camera), place.center_uvd
+        if self.hand == "left":
+            joints_xyz = joints_xyz * (-1, 1, 1)
+            joints_uvd, center_uvd = (_mirrored(uvd, place.width) for uvd in (joints_uvd, center_uvd))
+        return HandPose(joints_xyz, joints_uvd, confidence, center_uvd)
+
+
+def _mirrored(uvd, width):
+    """Return points [..., 3] (column, row, depth) of a picture mirrored left to right; None stays None."""
+    return None if uvd is None else np.asarray(uvd) * (-1, 1, 1) + (width - 1, 0, 0)
+
+
+def _middle(crop, uvd):
+    """Return the middle (uvd) of the surface that lies around the bones predicted in a crop.
+
+    Without the arm, that is. Where they lie beside what was measured, the crop's own centre is kept.
+    """
+    cube_mm, size = float(crop.cube_size), crop.mask.shape[-1]
+    rows, columns = np.nonzero(crop.mask[0].numpy())
+    columns, rows = ((index - size // 2) / (size - 1) for index in (columns, rows))
+    surface = np.stack([columns, rows, crop.label_img[0].numpy()[crop.mask[0].numpy() > 0]], axis=-1)
+    millimetres = np.array([2 * cube_mm, 2 * cube_mm, cube_mm])
+    apart_mm = np.linalg.norm((surface[:, None] - uvd) * millimetres, axis=-1).min(1)
+    hand = apart_mm < HAND_AROUND_BONES_MM
+    if hand.sum() < LEAST_SHARE * len(surface) or not hand.any():
+        return crop.com.numpy().astype(np.float64)
+    return recover_uvd(surface[hand].mean(0), float(crop.box_size), cube_mm, crop.com.numpy())
+
+
+def load_model(path, joints):
+    """Return the network of a checkpoint and the name of the data set whose joints it predicts."""
+    if path == DEFAULT_MODEL and not path.is_file():
+        raise UserError(
+            f"{path} not found: train it with `python demo.py`, or name a checkpoint with --model"
+        )
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint["state_dict"]
+    count = len(weights[LAST_BIAS]) if isinstance(weights, dict) and LAST_BIAS in weights else 0
+    name = joints or checkpoint.get("dataset") or DATASET_OF_JOINTS.get(count)
+    if name not in DATASETS:
+        raise UserError(f"{path} predicts {count} joints: say with --joints which data set's they are")
+    return load_network(path, DATASETS[name].joint_number), name
+
+
+def parse(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="Find the hand in depth frames and predict its joints.",
+        epilog="Exit status: 0 every frame has joints, 1 none has, 2 wrong options, 3 some have none "
+        "(the JSON says why).",
+    )
+    parser.add_argument(
+        "input",
+        nargs="+",
+        type=Path,
+        help="16-bit or NYU-style PNG, TIFF, .npy, MSRA .bin, or a folder of them: a sequence in the "
+        "order of the numbers in their names",
+    )
+    group = parser.add_argument_group("camera")
+    group.add_argument(
+        "--camera",
+        required=True,
+        metavar="FX,FY,U0,V0",
+        help=f"px; or a YAML file with fx, fy, u0, v0; or one of {', '.join(PRESETS)}",
+    )
+    group.add_argument(
+        "--depth_unit", type=float, help="mm that a stored 1 means (default: the camera's, else 1)"
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", type=Path, help=f"checkpoint (default: {DEFAULT_MODEL})")
+    group.add_argument("--joints", choices=DATASETS, help="whose joints it predicts (default: what it says)")
+    group.add_argument("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group = parser.add_argument_group("hand")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--center", metavar="U,V,D", help="its middle: column px, row px, depth mm")
+    where.add_argument(
+        "--bbox", metavar="L,T,W,H", help="the box that holds it: left, top, width, height, px"
+    )
+    group.add_argument("--hand", choices=("right", "left"), default="right")
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out", type=Path, default=Path("Result/predict"), help="folder (default: %(default)s)"
+    )
+    group.add_argument("--plot3d", action="store_true", help="also picture the points from two sides")
+    group.add_argument(
+        "--video",
+        choices=("mp4", "gif", "none"),
+        default="mp4",
+        help="film of a sequence (gif: 100 frames of it)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Predict as the command line says; return the exit status."""
+    args = parse(argv)
+    depth_camera = parse_camera(args.camera)
+    if args.depth_unit is not None:
+        if not (args.depth_unit > 0 and np.isfinite(args.depth_unit)):
+            raise UserError(f"--depth_unit must be above 0, not {args.depth_unit}")
+        depth_camera = depth_camera._replace(unit_mm=args.depth_unit)
+    if args.cube is not None and not (args.cube > 0 and np.isfinite(args.cube)):
+        raise UserError(f"--cube must be above 0, not {args.cube}")
+    hint = {
+        "center_uvd": args.center and parse_numbers(args.center, 3, "--center"),
+        "bbox": args.bbox and parse_numbers(args.bbox, 4, "--bbox"),
+    }
+    sequences = [list_frames(path) if path.is_dir() else [path] for path in args.input]
+    estimator = HandPoseEstimator(
+        args.model,
+        depth_camera.camera,
+        joints=args.joints,
+        cube_mm=args.cube,
+        hand=args.hand,
+        device=args.device,
+    )
+    total = sum(map(len, sequences))
+    with PredictionWriter(args.out, estimator, depth_camera, total, args.video, args.plot3d) as writer:
+        good = predict_all(estimator, depth_camera, sequences, hint, writer)
+    if good == total:
+        return 0
+    return SOME_FAILED if good else 1
+
+
+def predict_all(estimator, depth_camera, sequences, hint, writer):
+    """Predict sequences (lists of files) frame by frame; return how many frames have joints."""
+    good, seconds, total = 0, 0.0, sum(map(len, sequences))
+    for files in sequences:
+        near_uvd = None
+        for path in files:
+            started = time.perf_counter()
+            depth_mm = None
+            try:
+                depth_mm = read_depth(path, depth_camera)
+                pose = estimator(depth_mm, **hint, near_uvd=near_uvd)
+            except FrameError as error:
+                pose = no_hand(error.reason)
+            seconds += time.perf_counter() - started
+            if pose.reason:
+                print(f"warning: {path}: {pose.reason}", file=sys.stderr)
+            good, near_uvd = good + (pose.reason is None), pose.center_uvd
+            writer.write(path, depth_mm, pose)
+    print(
+        f"{good} of {total} frames have joints, {total / seconds:.1f} frames a second on {estimator.device}"
+    )
+    print(f"{writer.out}: {', '.join(writer.names)}")
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,302 @@
+"""A run that was stopped, at whatever moment and however, goes on as if it never had been."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ON_CPU, REPO, hidden_files
+from training import (
+    RUN,
+    TINY,
+    assert_same_run,
+    repeat_lines,
+    tiny_process,
+    train_tiny,
+)
+
+import engine
+import runs
+from checkpoints import load_checkpoint
+from runstate import STATE_KEYS
+from utils import Stopped, UserError
+
+LAST = Path("Model", f"{RUN}_last.pt")
+KILLS = 20
+
+
+@pytest.fixture(scope="session")
+def data(indexed, tmp_path_factory):
+    """Return a folder whose Data/ICVL has 24 training and 6 validation frames: 6 and 2 steps."""
+    folder = tmp_path_factory.mktemp("resume")
+    root = shutil.copytree(indexed("ICVL"), folder / "Data" / "ICVL")
+    repeat_lines(root / "train.txt", 24)
+    repeat_lines(root / "val.txt", 6)
+    return folder / "Data"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data):
+    """Return the folder of two epochs trained without a stop."""
+    before = Path.cwd()
+    os.chdir(data.parent)
+    try:
+        train_tiny()
+    finally:
+        os.chdir(before)
+    return data.parent
+
+
+@pytest.fixture
+def place(workplace, data):
+    """Return a fresh current folder that shares the data."""
+    Path("Data").symlink_to(data)
+    return workplace
+
+
+def signal_during(monkeypatch, number, function, call):
+    """Send this process signal `number` during call `call` of engine.`function`; return the list of calls."""
+    original, calls = getattr(engine, function), []
+
+    def wrapped(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(engine, function, wrapped)
+    return calls
+
+
+def test_stop_between_epochs(place, uninterrupted):
+    train_tiny("--epoch", 1)
+    train_tiny("--resume")
+    assert_same_run(".", uninterrupted)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signal_ends_the_run_after_the_step(number, status, workers, place, uninterrupted, monkeypatch):
+    with monkeypatch.context() as patch:
+        steps = signal_during(patch, number, "train_step", call=9)
+        with pytest.raises(Stopped, match="in epoch 2 after step 3; go on with .* --resume") as stop:
+            train_tiny("--num_workers", workers)
+    assert stop.value.status == status and len(steps) == 9
+    assert load_checkpoint(LAST, STATE_KEYS)["progress"]["step"] == 3
+    train_tiny("--resume", "--num_workers", workers)
+    assert_same_run(".", uninterrupted)
+
+
+def test_signal_during_validation_does_not_wait_for_its_end(place, uninterrupted, monkeypatch):
+    with monkeypatch.context() as patch:
+        # Six training steps, then the first of two validation steps.
+        forwards = signal_during(patch, signal.SIGTERM, "forward_losses", call=7)
+        with pytest.raises(Stopped, match="in epoch 1 after step 6"):
+            train_tiny()
+    assert len(forwards) == 7
+    train_tiny("--resume")
+    assert_same_run(".", uninterrupted)
+
+
+def test_signal_in_the_last_step_keeps_the_whole_run(place, uninterrupted, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_during(patch, signal.SIGTERM, "train_step", call=12)
+        with pytest.raises(Stopped, match="in epoch 2 after step 6"):
+            train_tiny()
+    train_tiny("--resume")
+    assert_same_run(".", uninterrupted)
+
+
+def test_signal_handlers_are_given_back(place):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train_tiny("--epoch", 1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_state_is_written_every_save_minutes(place, monkeypatch):
+    saves = []
+    monkeypatch.setattr(
+        runs.RunState, "save", lambda self, progress: saves.append((self.epoch, progress.step))
+    )
+    train_tiny("--save_minutes", 0, "--epoch", 1)
+    # After every step, after the validation's first, and at the end of the epoch.
+    assert saves == [(0, step) for step in (1, 2, 3, 4, 5, 6, 6)] + [(1, 0)]
+
+
+def test_auto_starts_where_there_is_nothing_and_says_where_it_goes_on(place, uninterrupted, capfd):
+    train_tiny("--resume", "auto", "--epoch", 1)
+    assert "resuming" not in capfd.readouterr().out
+    train_tiny("--resume", "auto")
+    assert f"resuming from {LAST}, epoch 2, step 0" in capfd.readouterr().out
+    assert_same_run(".", uninterrupted)
+
+
+def test_an_ended_run_that_is_resumed_only_ends_again(place, capfd):
+    first = train_tiny()
+    before = LAST.read_bytes()
+    assert train_tiny("--resume") == first
+    assert LAST.read_bytes() == before and "best epoch" in capfd.readouterr().out
+
+
+def test_drawn_seed_is_kept(place):
+    train_tiny("--seed", 0, "--epoch", 1)
+    seed = load_checkpoint(LAST)["seed"]
+    train_tiny("--seed", 0, "--resume")
+    assert load_checkpoint(LAST)["seed"] == seed != 0
+
+
+def test_batch_larger_than_the_data_resumes(place):
+    train_tiny("--batch_size", 100, "--epoch", 1)
+    train_tiny("--batch_size", 100, "--resume")
+    assert load_checkpoint(LAST, STATE_KEYS)["epoch"] == 2
+
+
+def test_resume_without_state_says_so(place):
+    with pytest.raises(UserError, match=f"{LAST} not found: train first"):
+        train_tiny("--resume")
+
+
+@pytest.mark.parametrize("option, value", [("lr", 0.01), ("batch_size", 2), ("features", 48), ("seed", 6)])
+def test_other_options_are_refused(option, value, place):
+    train_tiny("--epoch", 1)
+    with pytest.raises(UserError, match=f"--{option} is {value} here and .* in {LAST}: give the same"):
+        train_tiny("--resume", f"--{option}", value)
+
+
+def test_changed_index_is_said(workplace, data, capfd):
+    shutil.copytree(data, "Data")
+    train_tiny("--epoch", 1)
+    index = Path("Data/ICVL/train.txt")
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[::-1]))
+    train_tiny("--resume")
+    assert "WARNING: the index files changed" in capfd.readouterr().out
+
+
+class RunsCode:
+    """Would write a file when unpickled."""
+
+    def __reduce__(self):
+        return open, ("intruder", "w")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state: {**state, "records": RunsCode()}, "was refused unread"),
+        (lambda state: {**state, "optimizer": {}}, "does not fit this run"),
+        (lambda state: {**state, "progress": {"steps": 3}}, "does not fit this run"),
+        (lambda state: {**state, "random": {}}, "does not fit this run"),
+        (lambda state: {key: state[key] for key in ("state_dict", "model_param")}, "has no optimizer"),
+    ],
+)
+def test_state_that_is_none_is_refused(change, words, place):
+    train_tiny("--epoch", 1)
+    torch.save(change(torch.load(LAST, weights_only=True)), LAST)
+    with pytest.raises(UserError, match=f"{LAST}.*{words}"):
+        train_tiny("--resume")
+    assert not Path("intruder").exists()
+
+
+def test_checkpoint_and_log_say_what_the_run_depended_on(place):
+    train_tiny("--epoch", 1)
+    logged = json.loads(Path("logs", RUN, "metrics.jsonl").read_text().splitlines()[0])
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    for which in ("1", "last", "final"):
+        found = load_checkpoint(Path("Model", f"{RUN}_{which}.pt"))
+        assert found["seed"] == found["options"]["seed"] == 5
+        assert found["options"]["batch_size"] == 4 and found["options"]["lr"] == 1e-3
+        assert found["versions"]["torch"] == str(torch.__version__)
+        assert {"python", "numpy", "opencv"} < found["versions"].keys()
+        assert found["commit"] == (commit or None) and re.fullmatch("[0-9a-f]{32}", found["index"])
+        assert {key: found[key] for key in logged} == logged
+    assert {"options", "versions", "commit", "index"} <= logged.keys()
+
+
+def test_index_hash_tells_one_changed_number(workplace, data):
+    shutil.copytree(data, "Data")
+    index, hashes = Path("Data/ICVL/val.txt"), []
+    for text in (index.read_text(), index.read_text().replace("1", "2", 1)):
+        index.write_text(text)
+        train_tiny("--epoch", 1)
+        hashes.append(load_checkpoint(LAST)["index"])
+    assert hashes[0] != hashes[1]
+
+
+def test_same_seed_gives_the_same_result_file(place, script):
+    results = []
+    for _ in range(2):
+        train_tiny("--epoch", 1)
+        assert script("test.py", "--dataset", "ICVL", *ON_CPU).status == 0
+        results.append(Path("Result", f"{RUN}.txt").read_bytes())
+        shutil.rmtree("Model")
+    assert results[0] == results[1]
+
+
+def _seconds(start):
+    return time.monotonic() - start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_twenty_moments_it_ends_the_same(workers, place, data, tmp_path_factory):
+    """Kill -9; the state is written after every step, so that many kills hit the writing."""
+    options = ["--num_workers", workers, "--epoch", 6, "--save_minutes", 0]
+    whole = tmp_path_factory.mktemp("whole")
+    (whole / "Data").symlink_to(data)
+    start = time.monotonic()
+    reference = tiny_process(whole, *options)
+    while not (whole / LAST).is_file():
+        assert reference.is_alive(), (whole / "output.txt").read_text()
+        time.sleep(0.01)
+    start_s = _seconds(start)
+    reference.join()
+    work_s = _seconds(start) - start_s
+    assert reference.exitcode == 0, (whole / "output.txt").read_text()
+
+    rng, kills, resumed = random.Random(workers), 0, 0
+    while kills < KILLS:
+        process = tiny_process(place, *options, "--resume", "auto")
+        process.join(rng.uniform(0.3 * start_s, start_s + work_s / 8))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            if LAST.is_file():
+                resumed += load_checkpoint(LAST, STATE_KEYS)["progress"]["step"] > 0
+        else:
+            assert process.exitcode == 0, Path("output.txt").read_text()
+            assert_same_run(".", whole)
+            shutil.rmtree("Model")
+    process = tiny_process(place, *options, "--resume", "auto")
+    process.join()
+    assert process.exitcode == 0, Path("output.txt").read_text()
+    assert "Traceback" not in Path("output.txt").read_text()
+    assert_same_run(".", whole)
+    assert resumed > KILLS / 4, "too few stops in the middle of an epoch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_the_whole_process_group_ends_a_script_in_order(number, place):
+    """As a batch system or Ctrl-C does it: the loading processes get the signal too."""
+    command = [sys.executable, REPO / "train.py", *TINY, "--epoch", "1000", "--num_workers", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not LAST.is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, number)
+        start = time.monotonic()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and _seconds(start) < 10
+    assert err.splitlines()[-1].startswith(f"stopped by {number.name} in epoch ")
+    assert "--resume" in err and "Traceback" not in err and not hidden_files("Model")

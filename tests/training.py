@@ -1,0 +1,85 @@
+"""What the tests of training share: a tiny run, in this process or in one that can be killed."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import torch
+
+import utils
+from checkpoints import load_checkpoint
+from options import parse_train
+from runs import train
+
+RUN = "ICVL_default"
+TINY = (
+    "--dataset ICVL --label_size 16 --features 32 --level 2 --stages 1 --device cpu --num_workers 0 "
+    "--batch_size 4 --epoch 2 --seed 5"
+).split()
+
+
+def repeat_lines(path, count):
+    """Make `count` lines of an index file's few."""
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{lines[i % len(lines)]}\n" for i in range(count)))
+
+
+def train_tiny(*arguments):
+    """Train in this process, in the current folder; `arguments` win over TINY."""
+    return train(parse_train("", [*TINY, *map(str, arguments)]))
+
+
+def tiny_process(folder, *arguments):
+    """Return a started process that trains in `folder`, its output in folder/output.txt.
+
+    It is forked from a server that has imported everything, so that it starts at once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training", "torch.utils.tensorboard"])
+    process = context.Process(target=_train_in, args=(str(folder), arguments))
+    process.start()
+    return process
+
+
+def _train_in(folder, arguments):
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    raise SystemExit(utils.run(lambda: train_tiny(*arguments) and 0))
+
+
+def records(folder="."):
+    """Return the epochs of a run's metrics.jsonl without how long they took."""
+    lines = Path(folder, "logs", RUN, "metrics.jsonl").read_text().splitlines()[1:]
+    return [{**json.loads(line), "seconds": None} for line in lines]
+
+
+def assert_same_values(value, other):
+    """Compare nested values bit for bit."""
+    assert type(value) is type(other)
+    if isinstance(value, torch.Tensor):
+        assert torch.equal(value, other)
+    elif isinstance(value, dict):
+        assert value.keys() == other.keys()
+        for key in value:
+            assert_same_values(value[key], other[key])
+    elif isinstance(value, list):
+        assert len(value) == len(other)
+        for one, another in zip(value, other):
+            assert_same_values(one, another)
+    else:
+        assert value == other
+
+
+def assert_same_run(folder, other):
+    """Check that two runs ended alike: weights of every epoch, optimiser and schedule, losses and errors."""
+    assert records(folder) == records(other)
+    for epoch in [record["epoch"] for record in records(other)] + ["final"]:
+        paths = [Path(where, "Model", f"{RUN}_{epoch}.pt") for where in (folder, other)]
+        assert_same_values(*(load_checkpoint(path)["state_dict"] for path in paths))
+    states = [load_checkpoint(Path(where, "Model", f"{RUN}_last.pt")) for where in (folder, other)]
+    for key in ("state_dict", "optimizer", "scheduler", "epoch", "progress"):
+        assert_same_values(*(state[key] for state in states))

@@ -1,0 +1,1 @@
+"""Tools that few people need, each run as `python -m tools.NAME`."""

@@ -1,0 +1,320 @@
+"""Time every part of the work, from index to inference, and set it beside what the machine allows.
+
+    python -m tools.benchmark
+    python -m tools.benchmark --data NYU=/data/NYU --data HAND17=/data/HANDS17 --json benchmark.json
+    python -m tools.benchmark --device cuda --parts network
+
+Data sets that are not named with --data are rendered, small, into a temporary folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import synthetic
+from annotations import build_cache, build_index, sources
+from checkpoints import resolve_device
+from datasets import DATASETS, Sample
+from engine import prepare, train_step
+from frames import read_bytes
+from loading import EpochSampler, batches_of, make_loader
+from model import spatial_form
+from options import parse_train
+from runs import build_network
+from runstate import build_optimizer
+from utils import atomic_path, run
+
+JOINTS = 21
+FRAMES = 16  # of each rendered data set; looped over, so that they are in the page cache
+CASES = {  # precision: (command-line words, dtype of the products)
+    "float32": ([], torch.float32),
+    "bfloat16": (["--mixed_precision"], torch.bfloat16),
+}
+MODES = {"eager": [], "compiled": ["--compile"]}
+
+
+class Row(NamedTuple):
+    """One line of the table: the median of what was measured, half its interquartile range, a remark."""
+
+    part: str
+    value: float
+    unit: str
+    spread: float
+    remark: str = ""
+
+
+class Timing(NamedTuple):
+    """Seconds one call took: median and half the interquartile range."""
+
+    median: float
+    spread: float
+
+    def row(self, part, unit, work=1.0, remark=""):
+        """Return a Row of the rate at which `work` is done, or of the time where the unit is `ms`."""
+        share = self.spread / self.median
+        value = 1e3 * self.median if unit == "ms" else work / self.median
+        return Row(part, value, unit, share * value, remark)
+
+
+def timed(functions, device, repeats, clock=time.perf_counter):
+    """Return a Timing for each function; they take turns, so that a busy machine slows all alike."""
+    seconds = [[] for _ in functions]
+    for repeat in range(repeats + 2):
+        for function, measured in zip(functions, seconds):
+            started = clock()
+            function()
+            _wait(device)
+            if repeat >= 2:
+                measured.append(clock() - started)
+    return [_timing(measured) for measured in seconds]
+
+
+def _timing(seconds):
+    if len(seconds) < 2:
+        return Timing(seconds[0], 0.0)
+    quarters = statistics.quantiles(seconds, n=4)
+    return Timing(statistics.median(seconds), (quarters[2] - quarters[0]) / 2)
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def data_folders(given, folder, frames):
+    """Yield (name, root) of every data set: the folders given, and rendered ones."""
+    for name in DATASETS:
+        root = given.get(name)
+        if root is None:
+            root = folder / name
+            # Training frames of all eight MSRA subjects, and as many for the rest.
+            synthetic.write_dataset(name, {"train": max(frames, 8), "test": 4}, 1, root, 2)
+            build_index(name, root)
+            build_cache(name, root)
+        yield name, root
+
+
+def loading_rows(name, root, repeats):
+    """Yield Rows of one data set on one core: index, files alone, samples without and with cache."""
+    files, cached = (
+        DATASETS[name](path=root, dataset="train", targets=False, use_cache=use) for use in (False, True)
+    )
+    numbers = range(min(FRAMES, len(files)))
+    source = sources(name, root)[0].frames
+    functions = [
+        lambda: [decode_alone(files, i) for i in numbers],
+        lambda: [files[i, i] for i in numbers],
+        lambda: [source.refusal(i % len(source)) for i in numbers],
+    ]
+    if cached.cache:
+        functions.append(lambda: [cached[i, i] for i in numbers])
+    cpu = torch.device("cpu")
+    decoding, uncached, index, *rest = timed(functions, cpu, repeats, time.process_time)
+    count = len(numbers)
+    yield index.row(f"{name} index", "frames/s/core", count)
+    yield decoding.row(f"{name} files alone", "frames/s/core", count)
+    slower = f"{uncached.median / decoding.median:.2f} x the time of the files alone"
+    yield uncached.row(f"{name} training samples, files", "samples/s/core", count, slower)
+    for timing in rest:
+        milliseconds = f"{1e3 * timing.median / count:.3f} ms, "
+        faster = f"{decoding.median / timing.median:.1f} x the files alone"
+        yield timing.row(f"{name} training samples, cache", "samples/s/core", count, milliseconds + faster)
+
+
+def decode_alone(frames, index):
+    """Read and decode a frame's file as OpenCV (or NumPy, for .bin) does, and nothing else."""
+    path = str(frames.frame_path(index))
+    if frames.suffix == ".png":
+        return cv2.imread(path, cv2.IMREAD_UNCHANGED)
+    return np.frombuffer(read_bytes(path), "<f4")
+
+
+def loader_rows(name, root, workers, repeats):
+    """Yield Rows of the DataLoader's rate over numbers of workers, with the cache where there is one."""
+    dataset = DATASETS[name](path=root, dataset="train", targets=False)
+    cpu = torch.device("cpu")
+    numbers = np.resize(np.arange(len(dataset)), 1024)
+    for count in workers:
+        args = argparse.Namespace(num_workers=count)
+        loader = make_loader(dataset, EpochSampler(numbers, 32, seed=1), args, cpu, 32)
+        (timing,) = timed([lambda loader=loader: sum(1 for _ in batches_of(loader))], cpu, repeats)
+        yield timing.row(f"{name} DataLoader, {count} workers", "samples/s", len(numbers))
+
+
+def random_batch(size, device):
+    """Return a batch of crops and labels on the device, filled with noise."""
+    generator = torch.Generator().manual_seed(0)
+    img = torch.rand(size, 1, 128, 128, generator=generator) - 0.5
+    label_img = torch.rand(size, 1, 64, 64, generator=generator) - 0.5
+    uvd = (torch.rand(size, JOINTS, 3, generator=generator) - 0.5) * 0.8
+    empty = torch.empty(size, 0)
+    fields = img, label_img, (label_img > 0).float(), empty, empty, empty, uvd, empty, empty
+    return Sample(*(field.to(device) for field in fields))
+
+
+def target_row(device, repeats):
+    """Return the Row of making heatmaps and depth maps on the device."""
+    batch = random_batch(32, device)
+    work = lambda: spatial_form(batch.uvd, batch.label_img, batch.mask)  # noqa: E731
+    return timed([work], device, repeats)[0].row("targets, batch 32", "samples/s", 32)
+
+
+def limit_flops(device, dtype, repeats):
+    """Return the FLOP/s of a large matrix product, which no network exceeds."""
+    edge = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
+    return 2 * edge**3 / timed([lambda: left @ right], device, repeats)[0].median
+
+
+def counted_flops(function):
+    """Return the floating-point operations of a call's products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def training_rows(device, batch_sizes, modes, repeats):
+    """Yield Rows of one training step by precision, mode and batch size."""
+    for precision, (words, dtype) in CASES.items():
+        limit = limit_flops(device, dtype, repeats)
+        yield Row(f"matrix product, {precision}", limit / 1e9, "GFLOP/s", 0.0, "the arithmetic limit")
+        for size in batch_sizes:
+            flops = None
+            for mode in modes:
+                step = training_step(device, size, words + MODES[mode])
+                if flops is None:
+                    flops = counted_flops(step)
+                _reset_peak(device)
+                (timing,) = timed([step], device, repeats)
+                share = f"{flops / timing.median / limit:.0%} of the limit, {peak_memory(device)}"
+                yield timing.row(f"training {precision} {mode}, batch {size}", "samples/s", size, share)
+
+
+def training_step(device, batch_size, words):
+    """Return a function that takes one optimiser step of the default network on a batch of noise."""
+    args = parse_train("", words)
+    network = build_network(args, JOINTS, device).train()
+    optimizer = build_optimizer(args, network.parameters())
+    batch = random_batch(batch_size, device)
+    return lambda: train_step(network, optimizer, batch, args)
+
+
+@torch.inference_mode()
+def inference_rows(device, batch_sizes, repeats):
+    """Yield Rows of the latency of one frame and of the throughput at the best batch size."""
+    network = build_network(parse_train("", []), JOINTS, device).eval()
+    forward, limit = prepare(network, device), limit_flops(device, torch.float32, repeats)
+    _reset_peak(device)
+    best = None
+    for size in sorted({1, *batch_sizes}):
+        inputs = random_batch(size, device)[:3]
+        work = lambda inputs=inputs: forward(*inputs)  # noqa: E731
+        (timing,) = timed([work], device, repeats)
+        if size == 1:
+            flops = counted_flops(lambda inputs=inputs: network(*inputs))
+            yield timing.row("inference, latency of one frame", "ms", remark=f"{flops / 1e9:.1f} GFLOP")
+        share = f"batch {size}, {flops * size / timing.median / limit:.0%} of the float32 limit"
+        row = timing.row("inference, best batch", "frames/s", size, f"{share}, {peak_memory(device)}")
+        best = row if best is None or row.value > best.value else best
+    yield best
+
+
+def _reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device):
+    """Return in words the most memory held: on the GPU since it was last reset, else by the process ever."""
+    if device.type == "cuda":
+        return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
+    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
+
+
+def measure(args):
+    """Yield every Row that the options ask for."""
+    device = resolve_device(args.device)
+    if "loading" in args.parts:
+        cv2.setNumThreads(0)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with tempfile.TemporaryDirectory() as folder:
+            for name, root in data_folders(dict(args.data), Path(folder), args.frames):
+                yield from loading_rows(name, root, args.repeats)
+                yield from loader_rows(name, root, sorted({0, 1, cores}), max(1, args.repeats // 5))
+    if "network" in args.parts:
+        batch_sizes = args.batch_sizes or ([32, 64, 128] if device.type == "cuda" else [8])
+        yield target_row(device, args.repeats)
+        yield from training_rows(device, batch_sizes, args.modes, args.repeats)
+        yield from inference_rows(device, batch_sizes, args.repeats)
+
+
+def format_rows(rows):
+    """Return the table as text."""
+    width = max(len(row.part) for row in rows)
+    return "\n".join(
+        f"{row.part:{width}}  {row.value:10.4g} {row.unit:14} +- {row.spread:<9.2g} {row.remark}".rstrip()
+        for row in rows
+    )
+
+
+def machine(device):
+    """Return what the numbers were measured on."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    versions = f"torch {torch.__version__}, OpenCV {cv2.__version__}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, {versions}"
+
+
+def parse(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Time every part of the work, from index to inference.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument(
+        "--data", type=_folder, action="append", default=[], metavar="NAME=DIR", help="a data set with index"
+    )
+    parser.add_argument("--frames", type=int, default=FRAMES, help="training frames of a rendered data set")
+    parser.add_argument("--repeats", type=int, default=20, help="measurements of a row, after two warm-ups")
+    parser.add_argument("--parts", nargs="+", choices=("loading", "network"), default=["loading", "network"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the training step")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, help="default: 32 64 128 on a GPU, else 8")
+    return parser.parse_args(argv)
+
+
+def _folder(text):
+    name, separator, folder = text.partition("=")
+    if name not in DATASETS or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR with a NAME of {', '.join(DATASETS)}")
+    return name, Path(folder)
+
+
+def main(argv=None):
+    """Measure, print the table and write the JSON."""
+    args = parse(argv)
+    device = resolve_device(args.device)
+    rows = []
+    for row in measure(args):
+        print(format_rows([row]), file=sys.stderr)
+        rows.append(row)
+    print(machine(device))
+    print(format_rows(rows))
+    if args.json:
+        record = {"machine": machine(device), "rows": [row._asdict() for row in rows]}
+        with atomic_path(args.json) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

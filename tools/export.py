@@ -1,0 +1,197 @@
+"""Export a trained network, decoder included, to ONNX or to a torch.export program, and check it.
+
+    python -m tools.export --model Model/HAND17_default_final.pt --format onnx
+    python -m tools.export --model Model/HAND17_default_final.pt --format pt2 --batch 1 --data_dir Data/HAND17
+
+Inputs `img` [B, 1, 2L, 2L], `label_img` and `mask` [B, 1, L, L], float32, as `datasets.prepare_crop` makes
+them; outputs `uvd` [B, J, 3], normalised (`transforms.recover_uvd` turns them into px and mm), and `heatmaps`
+[B, J, L, L].
+ONNX needs `pip install onnx onnxruntime onnxscript`.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from datasets import DATASETS, UnlabelledSample, prepare_crop
+from predict import load_model
+from synthetic import render_frames
+from transforms import Frame, recover_uvd, uvd2xyz, window_around
+from utils import UserError, atomic_path, run
+
+OPSET = 18
+TIMED_RUNS = 10
+INPUTS, OUTPUTS = ("img", "label_img", "mask"), ("uvd", "heatmaps")
+
+# Where there is no data set, rendered frames are cut out several times, so far from the middle (px).
+CROPS_A_FRAME, MOST_SHIFT_PX = 5, 5
+
+
+class Decoded(nn.Module):
+    """A network reduced to what its last stage predicts: uvd [B, J, 3] and heatmaps [B, J, L, L]."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, img, label_img, mask):
+        """Return (uvd, heatmaps)."""
+        output = self.network(img, label_img, mask)[-1]
+        return output.uvd, output.heatmaps
+
+
+def make_crops(dataset, label_size, count, data_dir=None):
+    """Return `count` UnlabelledSamples: of the data set's test split, or of rendered frames without one."""
+    options = dict(
+        dataset="test", test_only=True, path=data_dir, label_size=label_size, image_size=2 * label_size
+    )
+    empty = dataset(lines=[], **options)
+    if (empty.root / empty.index_name()).is_file():
+        frames = dataset(**options)
+        return [frames[index] for index in range(min(count, len(frames)))]
+    if data_dir is not None:
+        raise UserError(f"{data_dir} has no index: run check_dataset.py, or leave --data_dir away")
+    rng, crops = np.random.default_rng(0), []
+    for frame in render_frames(dataset.name, 0, "test", range(-(-count // CROPS_A_FRAME))):
+        for _ in range(CROPS_A_FRAME):
+            center_uvd = frame.center_uvd + [*rng.uniform(-MOST_SHIFT_PX, MOST_SHIFT_PX, 2), 0]
+            reach_mm = dataset.cube_mm - (dataset.margin_mm or 0)
+            crops.append(
+                prepare_crop(
+                    Frame(frame.depth_mm),
+                    center_uvd,
+                    dataset.cube_mm,
+                    dataset.camera,
+                    window=window_around(center_uvd, reach_mm, dataset.camera),
+                    image_size=2 * label_size,
+                    label_size=label_size,
+                )
+            )
+    return crops[:count]
+
+
+def export(network, inputs, path, form, dynamic):
+    """Write a network as `onnx` or `pt2`; return a function from inputs to (uvd, heatmaps) that runs the file.
+
+    `inputs` are example tensors (img, label_img, mask); `dynamic` leaves the batch size open.
+    Raises UserError where a package is missing.
+    """
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shapes = {name: {0: batch} for name in INPUTS} if dynamic else None
+    if form == "pt2":
+        with torch.no_grad():
+            program = torch.export.export(network, inputs, dynamic_shapes=shapes)
+        with atomic_path(path) as temporary:
+            torch.export.save(program, temporary)
+        return torch.export.load(path).module()
+    onnxruntime = _import_onnxruntime()
+    with warnings.catch_warnings():
+        # The exporter warns of its own use of PyTorch, which no user of this tool can mend.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            inputs,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            dynamic_shapes=shapes,
+        )
+    with atomic_path(path) as temporary:
+        program.save(temporary, external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def call(*tensors):
+        arrays = session.run(None, {name: tensor.numpy() for name, tensor in zip(INPUTS, tensors)})
+        return tuple(map(torch.from_numpy, arrays))
+
+    return call
+
+
+def _import_onnxruntime():
+    # An optional extra, which nothing else needs.
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing: pip install onnx onnxruntime onnxscript") from None
+    return onnxruntime
+
+
+def compare(network, exported, crops, camera, batch):
+    """Return the largest distance (mm) between joints of two callables, and their median seconds a batch.
+
+    The last batch is filled up with the first crops.
+    """
+    apart_mm, seconds = [], {network: [], exported: []}
+    for start in range(0, len(crops), batch):
+        part = [crops[(start + k) % len(crops)] for k in range(batch)]
+        samples = UnlabelledSample(*map(torch.stack, zip(*part)))
+        joints_xyz = []
+        for call in (network, exported):
+            uvd = call(*samples[:3])[0].double().numpy()
+            uvd = recover_uvd(uvd, samples.box_size, samples.cube_size, samples.com)
+            joints_xyz.append(uvd2xyz(uvd, camera))
+        apart_mm.append(np.linalg.norm(joints_xyz[0] - joints_xyz[1], axis=-1).max())
+    for _ in range(TIMED_RUNS):
+        for call, measured in seconds.items():
+            started = time.perf_counter()
+            call(*samples[:3])
+            measured.append(time.perf_counter() - started)
+    return max(apart_mm), *(statistics.median(measured) for measured in seconds.values())
+
+
+def parse(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Export a network to ONNX or a torch.export program.")
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint")
+    parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx")
+    parser.add_argument("--batch", default="dynamic", help="a fixed batch size, or dynamic (default)")
+    parser.add_argument("--joints", choices=DATASETS, help="whose joints the model predicts")
+    parser.add_argument(
+        "--data_dir", type=Path, help="data set to check with (default: Data/<joints> or rendered)"
+    )
+    parser.add_argument("--crops", type=int, default=50, help="crops to check with")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="largest difference allowed, mm")
+    parser.add_argument("--out", type=Path, help="file (default: the model's name with the new suffix)")
+    args = parser.parse_args(argv)
+    if args.crops < 1 or args.batch != "dynamic" and not (args.batch.isdecimal() and int(args.batch)):
+        raise UserError(f"--crops and --batch must be above 0, not {args.crops} and {args.batch}")
+    if args.format == "onnx":
+        _import_onnxruntime()
+    return args
+
+
+@torch.inference_mode()
+def main(argv=None):
+    """Export, check and time as the command line says. Raises UserError where the two disagree."""
+    args = parse(argv)
+    network, name = load_model(args.model, args.joints)
+    dataset, path = DATASETS[name], args.out or args.model.with_suffix(f".{args.format}")
+    network = Decoded(network.eval())
+    crops = make_crops(dataset, network.network.param["label_size"], args.crops, args.data_dir)
+    batch = 2 if args.batch == "dynamic" else int(args.batch)
+    inputs = tuple(torch.stack([crop[k] for crop in (crops * batch)[:batch]]).clone() for k in range(3))
+    exported = export(network, inputs, path, args.format, args.batch == "dynamic")
+    apart_mm, own_s, exported_s = compare(network, exported, crops, dataset.camera, batch)
+    opset = f", opset {OPSET}" if args.format == "onnx" else ""
+    print(f"{path}: {args.format}{opset}, batch {args.batch}, {path.stat().st_size / 1e6:.1f} MB")
+    print(f"largest difference on {len(crops)} crops {apart_mm:.4f} mm")
+    print(
+        f"a batch of {batch}: PyTorch {1000 * own_s:.1f} ms, {args.format} {1000 * exported_s:.1f} ms (median)"
+    )
+    if apart_mm > args.tolerance:
+        raise UserError(f"{path} differs by {apart_mm:.3f} mm from PyTorch, more than {args.tolerance} mm")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

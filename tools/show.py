@@ -1,0 +1,157 @@
+"""Write contact sheets of a data set: crops with labels, augmentations, or predictions, worst first.
+
+python -m tools.show --dataset NYU --split train --augment
+python -m tools.show --dataset ICVL --split test --predictions Result/ICVL_default.txt
+python -m tools.show --dataset HAND17 --split val --index 0 17 42
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from datasets import DATASETS, MSRADataset
+from evaluate import read_joints
+from frames import FrameError
+from metrics import joint_errors_mm
+from transforms import joints_to_crop
+from utils import UserError, draw_crop, run, write_picture
+
+TILE_PX = 192
+COLUMNS = 6
+AUGMENTATIONS = 5
+
+
+def main(argv=None):
+    """Write the sheet that the command line asks for."""
+    args = parse(argv)
+    options = {"subject": args.subject} if args.dataset == "MSRA" else {}
+    dataset = DATASETS[args.dataset](
+        path=args.data_dir,
+        dataset=args.split,
+        test_only=args.dataset == "HAND17" and args.split == "test",
+        targets=False,
+        using_flip=True,
+        **options,
+    )
+    errors_mm, joints_uvd = {}, None
+    if args.predictions:
+        joints_uvd = load_predictions(args.predictions, dataset)
+        errors_mm = measure(dataset, joints_uvd)
+    indices = choose(dataset, args.index, args.count, errors_mm)
+    tiles = [
+        tile
+        for index in indices
+        for tile in draw_frame(dataset, index, args.augment, joints_uvd, errors_mm.get(index))
+    ]
+    columns = 1 + AUGMENTATIONS if args.augment else COLUMNS
+    path = args.out or Path("Result", "show", f"{args.dataset}_{args.split}.png")
+    write_picture(path, contact_sheet(tiles, columns))
+    print(f"{path}: {len(indices)} of {len(dataset)} frames" + ", worst first" * bool(errors_mm))
+
+
+def parse(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Write contact sheets of a data set and of predictions.")
+    parser.add_argument("--dataset", choices=DATASETS, required=True)
+    parser.add_argument("--split", choices=("train", "val", "test"), default="train")
+    parser.add_argument("--subject", type=int, default=0, help="held-out subject of MSRA")
+    parser.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
+    parser.add_argument("--index", type=int, nargs="+", help="frames, by their line in the index, from 0")
+    parser.add_argument("--count", type=int, default=24, help="frames where --index names none")
+    parser.add_argument(
+        "--augment", action="store_true", help=f"beside each training frame {AUGMENTATIONS} augmentations"
+    )
+    parser.add_argument("--predictions", type=Path, help="result file of this split: worst frames first")
+    parser.add_argument("--out", type=Path, help="picture (default: Result/show/<dataset>_<split>.png)")
+    args = parser.parse_args(argv)
+    if args.augment and (args.split != "train" or args.predictions):
+        raise UserError("--augment goes with --split train and without --predictions")
+    if args.count < 1:
+        raise UserError(f"--count must be above 0, not {args.count}")
+    return args
+
+
+def load_predictions(path, dataset):
+    """Return a result file's joints [N, J, 3], uvd. Raises UserError where it does not fit the data set."""
+    joints = read_joints(path, dataset.joint_number)
+    if len(joints) != len(dataset):
+        raise UserError(f"{path} has {len(joints)} frames, {dataset.name} {dataset.split} {len(dataset)}")
+    return dataset.xyz2uvd(joints) if dataset.name == "HAND17" else joints
+
+
+def measure(dataset, joints_uvd):
+    """Return {index: mean joint error in mm} of the frames that have labels."""
+    if dataset.test_only:
+        return {}
+    errors_mm = {}
+    for index, predicted_uvd in enumerate(joints_uvd):
+        try:
+            true_xyz = dataset.uvd2xyz(dataset.joints_uvd(index))
+        except FrameError:
+            continue
+        predicted_xyz = dataset.uvd2xyz(predicted_uvd)
+        errors_mm[index] = float(joint_errors_mm(predicted_xyz[None], true_xyz[None]).mean())
+    return errors_mm
+
+
+def choose(dataset, indices, count, errors_mm):
+    """Return the frames to show: those named, the worst, or some spread over the split."""
+    outside = [index for index in indices or [] if not 0 <= index < len(dataset)]
+    if outside:
+        raise UserError(
+            f"--index {outside[0]}: {dataset.name} {dataset.split} has frames 0 to {len(dataset) - 1}"
+        )
+    if indices:
+        return sorted(indices, key=lambda index: -errors_mm.get(index, 0))
+    if errors_mm:
+        return sorted(errors_mm, key=errors_mm.get, reverse=True)[:count]
+    return np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist()
+
+
+def draw_frame(dataset, index, augment, joints_uvd, error_mm):
+    """Return a frame's tiles: its crop with labels, then its augmentations or the prediction."""
+    try:
+        sample = dataset.sample(index)
+    except FrameError as error:
+        return [_titled(np.zeros((TILE_PX, TILE_PX, 3), np.uint8), f"{index} {error.reason}"[:34])]
+    tiles = [_tile(dataset, sample, getattr(sample, "uvd", None), str(index))]
+    if augment:
+        for k in range(AUGMENTATIONS):
+            other = dataset[index, k]
+            tiles.append(_tile(dataset, other, other.uvd, f"{index} augmented"))
+    if joints_uvd is not None:
+        relative = joints_to_crop(
+            joints_uvd[index], sample.com.numpy(), float(sample.box_size), dataset.image_size
+        )
+        size = dataset.image_size - 1
+        title = "predicted" if error_mm is None else f"predicted {error_mm:.1f} mm"
+        tiles.append(_tile(dataset, sample, torch.from_numpy(relative / size), title))
+    return tiles
+
+
+def _tile(dataset, sample, uvd, title):
+    if uvd is None:
+        uvd, chains = np.zeros((1, 3)), []
+    else:
+        uvd, chains = uvd.numpy(), dataset.config
+    return _titled(draw_crop(sample.img[0].numpy(), uvd, chains, TILE_PX), title)
+
+
+def _titled(picture, title):
+    cv2.putText(picture, title, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (255, 255, 255), 1, cv2.LINE_AA)
+    return picture
+
+
+def contact_sheet(tiles, columns):
+    """Return one RGB picture of tiles [TILE_PX, TILE_PX, 3], so many in a row."""
+    blank = np.full((TILE_PX, TILE_PX, 3), 40, np.uint8)
+    tiles = tiles + [blank] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)])
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
