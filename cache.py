@@ -156,7 +156,7 @@ class CropCache:
             table = os.pread(self._file, header["bytes"] - header["table"], header["table"])
         except OSError as error:
             raise CacheError(f"it cannot be read: {error.strerror}") from error
-        if zlib.crc32(table) != header["table_crc32"]:
+        if zlib.crc32(table) != header["table_crc32"] or len(table) != 24 * header["count"]:
             raise CacheError("its table is damaged")
         # JSON has no tuples.
         if header["settings"] != json.loads(json.dumps(settings)):

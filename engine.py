@@ -51,6 +51,8 @@ def train_step(network, optimizer, samples, args, frames=None):
     Where several processes share a step, `frames` is how many of its frames this one has, so that
     each frame counts alike.
     """
+    statistics = running_statistics(network)
+    before = [value.clone() for value in statistics]
     _, terms = forward_losses(network, samples, args)
     loss = sum(terms.values())
     if distributed.world_size() > 1 and frames is not None:
@@ -65,7 +67,14 @@ def train_step(network, optimizer, samples, args, frames=None):
     # Fused optimisers skip the step on the device where this is 1, without the host having to look.
     optimizer.found_inf = bad
     optimizer.step()
+    for value, old in zip(statistics, before):
+        value.copy_(torch.where(bad > 0, old, value))
     return torch.stack([outcome[0] / distributed.world_size(), bad])
+
+
+def running_statistics(network):
+    """Return batch norm's running statistics, which a forward pass changes."""
+    return [value for name, value in network.named_buffers() if "running_" in name or "tracked" in name]
 
 
 def train_one_epoch(network, loader, optimizer, device, args, progress, state):

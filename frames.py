@@ -10,6 +10,9 @@ import numpy as np
 
 from utils import UserError
 
+# Neither px nor mm, and as float32 its square is still a number.
+MAX_NUMBER = 1e9
+
 
 class FrameError(UserError):
     """A frame that cannot be used; `frame` names it and `reason` says why."""
@@ -79,7 +82,9 @@ def read_png(path):
 def read_bytes(path):
     """Return the bytes of a frame's file; FrameError where it is missing, unreadable or empty."""
     try:
-        data = Path(path).read_bytes()
+        # Without a buffer and its second copy.
+        with open(path, "rb", buffering=0) as file:
+            data = file.readall()
     except FileNotFoundError:
         raise FrameError(path, "the file is missing") from None
     except (OSError, ValueError) as error:  # ValueError: the path holds a null byte
@@ -101,4 +106,6 @@ def parse_numbers(text, count, frame, what):
         raise FrameError(frame, f"{what} has {len(numbers)} numbers, expected {count}")
     if not all(map(math.isfinite, numbers)):
         raise FrameError(frame, f"{what} has a number that is not finite")
+    if max(map(abs, numbers)) > MAX_NUMBER:
+        raise FrameError(frame, f"{what} is impossible: it has a number beyond {MAX_NUMBER:g}")
     return np.array(numbers)

@@ -29,15 +29,16 @@ REFINE_STEPS = 4
 SAME_PLACE_MM = 30.0
 SURFACE_MM2 = (2000.0, 45000.0)
 
-# What makes a surface a hand, see `_describe`; fitted (conditional logistic regression) on 383 rendered
-# frames of four sensors, half of them with bars, tables and specks added.
-WEIGHTS = np.array([1.7, -0.15, -0.4, 3.7, 5.4, -8.3])
-LEAST_SCORE = -1.0
-FARTHER_PER_MM = 0.012
+# What makes a surface a hand: the weights of its _Shape, fitted (conditional logistic regression) on 595
+# rendered frames of four sensors, a third of them with bars, tables and specks added. And what a place
+# loses for each mm that it lies behind the nearest.
+WEIGHTS = np.array([1.45, -0.33, -0.32, 1.1, 4.2, -9.0, -4.1])
+FARTHER_PER_MM = 0.011
+LEAST_SCORE = -4.5
 
 # A place this far from where the hand was in the frame before costs one point of score, and no place more
 # than MOST_TRACK: the hand may have been lost, or never there.
-TRACK_MM, MOST_TRACK = 60.0, 2.0
+TRACK_MM, MOST_TRACK = 60.0, 3.0
 
 
 class _Picture(NamedTuple):
@@ -49,6 +50,20 @@ class _Picture(NamedTuple):
     radius_mm: np.ndarray
     focal_px: float
     step: int
+
+
+class _Shape(NamedTuple):
+    """What tells hands from other surfaces: area within three distances (1000 mm2), share that is too thick
+    and too far out for a palm, logarithm of the outline's raggedness (0: a disc), share of the convex hull
+    that is filled, length along the picture's border (100 mm)."""
+
+    area_60: float
+    area_100: float
+    area_160: float
+    thick: float
+    ragged: float
+    solid: float
+    border: float
 
 
 class _Patch(NamedTuple):
@@ -79,7 +94,7 @@ def find_center(frame, camera, near_uvd=None):
     if not places:
         raise ValueError("no surface is as large as a hand")
     xyz = np.array([middle for middle, _ in places], np.float64)
-    likeness = np.array([description for _, description in places]) @ WEIGHTS
+    likeness = np.array([shape for _, shape in places]) @ WEIGHTS
     score = likeness - FARTHER_PER_MM * np.minimum(xyz[:, 2] - xyz[:, 2].min(), 500)
     if near_uvd is not None:
         away_mm = np.linalg.norm(xyz - uvd2xyz(near_uvd, camera), axis=1)
@@ -94,6 +109,9 @@ def _coarse(frame, camera):
     step = max(1, round(camera.fx / COARSE_FOCAL_PX))
     depth = frame.depth_mm[step // 2 :: step, step // 2 :: step].astype(np.float32)
     depth = cv2.medianBlur(np.pad(depth, 1), 3)  # the frame's border ends a surface, as a hole does
+    # Sensors lose a few pixels beside every edge: such a gap does not end a surface.
+    closed = cv2.morphologyEx(depth, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    depth = np.where(depth > 0, depth, closed)
     height, width = depth.shape
     columns = (np.arange(width, dtype=np.float32) - 1) * step + step // 2 + frame.left
     rows = (np.arange(height, dtype=np.float32) - 1) * step + step // 2 + frame.top
@@ -107,7 +125,7 @@ def _coarse(frame, camera):
 
 
 def _places(picture):
-    """Return the (middle xyz [3], description) of every surface that a hand might be."""
+    """Return the (middle xyz [3], _Shape) of every surface that a hand might be."""
     radius_mm = picture.radius_mm
     peaks = (radius_mm == cv2.dilate(radius_mm, np.ones((5, 5), np.uint8))) & (radius_mm > PALM_RADIUS_MM[0])
     places, seen = [], np.zeros((0, 3))
@@ -119,7 +137,7 @@ def _places(picture):
         known = (np.square(seen - middle).sum(1) < SAME_PLACE_MM**2).any()
         seen = np.concatenate([seen, [xyz, middle]])
         if not known and SURFACE_MM2[0] < patch.area_mm2.sum() < SURFACE_MM2[1]:
-            places.append((middle, _describe(patch)))
+            places.append((middle, _describe(patch, picture.inside.shape)))
     return places
 
 
@@ -170,8 +188,8 @@ def _hand_part(patch, xyz):
     return hand & (way @ (patch.points - xyz[:, None]) < WRIST_MM * np.linalg.norm(way))
 
 
-def _describe(patch):
-    """Return what tells hands from other surfaces: areas within radii (1000 mm2), thickness, outline."""
+def _describe(patch, shape):
+    """Return the _Shape of a patch in a picture of so many (rows, columns)."""
     areas = [patch.area_mm2[patch.distance_mm < limit].sum() / 1000 for limit in (60, 100, 160)]
     arm = (patch.distance_mm > 60) & (patch.radius_mm > 14)
     thick = patch.area_mm2[arm].sum() / patch.area_mm2.sum()
@@ -181,8 +199,11 @@ def _describe(patch):
     hand[rows[near], columns[near]] = 1
     outlines, _ = cv2.findContours(hand, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     if not outlines:
-        return np.array([*areas, thick, 0, 1])
+        return _Shape(*areas, thick, ragged=0, solid=1, border=0)
     length_px = sum(cv2.arcLength(outline, True) for outline in outlines)
     hull_px = cv2.contourArea(cv2.convexHull(np.concatenate(outlines)))
     ragged = np.log(np.clip(length_px**2 / (4 * np.pi * near.sum()), 1, 8))
-    return np.array([*areas, thick, ragged, min(near.sum() / max(hull_px, 1), 1.2)])
+    beside = (patch.rows <= 1) | (patch.columns <= 1)
+    beside |= (patch.rows >= shape[0] - 2) | (patch.columns >= shape[1] - 2)
+    border = np.sqrt(patch.area_mm2[beside & (patch.distance_mm < 100)]).sum() / 100
+    return _Shape(*areas, thick, ragged, min(near.sum() / max(hull_px, 1), 1.2), border)

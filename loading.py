@@ -152,32 +152,55 @@ def batches_of(loader):
 
     Raises any UserError that is not about one frame.
     """
-    iterator = iter(loader)
-    if loader.num_workers and threading.current_thread() is threading.main_thread():
-        # Torch would raise a worker's death wherever the main thread is, in the middle of a step
-        # too. Without its handler the death is found when the worker's batch is waited for.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    waiting = False
+
+    def child_ended(*_):
+        # Torch's own handler raises in the middle of a step too, which might be half done then.
+        if waiting and dead_workers(loader):
+            raise RuntimeError("a loading process died")
+
     try:
-        for batch in iterator:
+        iterator = iter(loader)
+        if loader.num_workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, child_ended)
+        while True:
+            waiting = True
+            child_ended()
+            batch = next(iterator, None)
+            waiting = False
+            if batch is None:
+                return
             for error in batch.refused:
                 if not isinstance(error, FrameError):
                     raise error
             yield batch
     except RuntimeError as error:
-        workers = getattr(iterator, "_workers", [])
-        dead = [worker for worker, process in enumerate(workers) if not process.is_alive()]
-        if not dead:
+        if not dead_workers(loader):
             raise
-        loader._iterator = None  # the next use must not wait for the dead worker
-        iterator._shutdown_workers()
-        frames = loader.dataset
-        indices = [index for index in frames.reading[dead].tolist() if index >= 0]
-        names = ", ".join(str(frames.dataset.frame_path(index)) for index in indices)
-        raise WorkerDied(
-            f"a loading process died while it read {names or 'nothing yet'} "
-            "(out of memory? fewer --num_workers)",
-            indices,
-        ) from error
+        raise _worker_died(loader) from error
+    finally:
+        waiting = False
+
+
+def dead_workers(loader):
+    """Return the loading processes that are no more, {number: process}."""
+    workers = getattr(loader._iterator, "_workers", [])
+    return {number: process for number, process in enumerate(workers) if not process.is_alive()}
+
+
+def _worker_died(loader):
+    """End what is left of a loader's processes; return the WorkerDied that says what happened."""
+    dead, frames = dead_workers(loader), loader.dataset
+    loader._iterator._shutdown_workers()
+    loader._iterator = None  # the next use must not wait for the dead
+    if any(process.exitcode == -signal.SIGTERM for process in dead.values()):
+        return WorkerDied("a loading process was ended by SIGTERM", [])
+    indices = [index for index in frames.reading[list(dead)].tolist() if index >= 0]
+    names = ", ".join(str(frames.dataset.frame_path(index)) for index in indices)
+    return WorkerDied(
+        f"a loading process died while it read {names or 'nothing yet'} (out of memory? fewer --num_workers)",
+        indices,
+    )
 
 
 def to_device(samples, device):

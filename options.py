@@ -56,10 +56,16 @@ def parse_train(description, argv=None, subject=False):
     group.add_argument("--lambda_h", type=float, default=1.0, help="weight of the heatmaps' loss")
     group.add_argument("--lambda_d", type=float, default=0.01, help="weight of the depth maps' loss")
     group.add_argument(
-        "--mixed_precision", action="store_true", help="bfloat16 autocast; the decoder stays float32"
+        "--mixed_precision",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="bfloat16 autocast; the decoder stays float32",
     )
     group.add_argument(
-        "--compile", action="store_true", help="compile the network (minutes once, then faster)"
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the network (minutes once, then faster)",
     )
     group = parser.add_argument_group("stopping and going on")
     group.add_argument(
@@ -70,7 +76,12 @@ def parse_train(description, argv=None, subject=False):
         help="go on from Model/<run>_last.pt; auto: where it exists",
     )
     group.add_argument("--save_minutes", type=float, default=10.0, help="save the state that often, minutes")
-    group.add_argument("--skip_bad", action="store_true", help="count frames that cannot be read and go on")
+    group.add_argument(
+        "--skip_bad",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="count frames that cannot be read and go on",
+    )
     group.add_argument(
         "--max_bad_steps", type=int, default=10, help="end after more non-finite steps in a row"
     )
@@ -142,7 +153,9 @@ def _config_arguments(parser, path):
         if key not in known:
             raise UserError(f"{path}: no option is named {key!r}; there are {', '.join(known)}")
         if known[key].nargs == 0:
-            words += [f"--{key}"] * bool(value)
+            if not isinstance(value, bool):
+                raise UserError(f"{path}: {key} must be true or false, not {value!r}")
+            words.append(f"--{'' if value else 'no-'}{key}")
         elif value is not None:
             words.append(f"--{key}={value}")
     return words

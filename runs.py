@@ -121,6 +121,8 @@ def train_epoch(state, train_loader, val_loader, device):
             raise UserError(f"no step of epoch {state.epoch + 1} could be applied: see the warnings above")
         val_mm, val_loss = validate(state.network, val_loader, device, args, state.progress, state)
     except UserError:
+        # A signal to the whole process group ends the loading processes, maybe before it is looked at.
+        state.agreed_signal = state.signal
         state.save(state.progress)
         raise
     state.end_epoch(
@@ -235,7 +237,7 @@ def result_lines(dataset, joints_uvd):
         return [
             " ".join(f"{n:.3f}" for n in frame) for frame in joints_uvd.reshape(len(joints_uvd), -1).tolist()
         ]
-    joints_xyz = dataset.uvd2xyz(joints_uvd).reshape(len(joints_uvd), -1)
+    joints_xyz = dataset.uvd2xyz(joints_uvd).reshape(len(joints_uvd), -1) + 0.0  # no "-0.000"
     return [
         "\t".join([f"frame\\images\\{dataset.frame_path(index).name}", *(f"{n:.3f}" for n in frame)])
         for index, frame in enumerate(joints_xyz.tolist())

@@ -6,6 +6,7 @@ import platform
 import signal
 import subprocess
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -183,7 +184,10 @@ class RunState:
 
     def end_epoch(self, record):
         """Record an epoch: checkpoint, state, metrics.jsonl, TensorBoard and one line on screen."""
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # A run resumed at an epoch's end takes no step before its schedule's.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self.records.append(record)
         self.epoch += 1
         if distributed.is_main():

@@ -155,11 +155,11 @@ def resize(image, size):
 
 
 def draw_augmentation(rng, rotation=True, scale=True, shift=True, flip=False):
-    """Draw one Augmentation from `rng` (numpy Generator); a part that is off stays neutral.
+    """Draw one Augmentation from `rng`, which has `random()`; a part that is off stays neutral.
 
     Every part consumes its draws also when off, so that switching one leaves the others alike.
     """
-    angle, factor, shift_u, shift_v, mirrored = rng.random(5).tolist()
+    angle, factor, shift_u, shift_v, mirrored = (rng.random() for _ in range(5))
     smallest, largest = SCALE_RANGE
     return Augmentation(
         ROTATION_DEG * (2 * angle - 1) if rotation else 0.0,

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from runs import train
 
 RUN = "ICVL_default"
 TINY = (
-    "--dataset ICVL --label_size 16 --features 32 --level 2 --stages 1 --device cpu --num_workers 0 "
+    "--dataset ICVL --label_size 16 --features 32 --level 0 --stages 1 --device cpu --num_workers 0 "
     "--batch_size 4 --epoch 2 --seed 5"
 ).split()
 
@@ -30,20 +31,23 @@ def train_tiny(*arguments):
     return train(parse_train("", [*TINY, *map(str, arguments)]))
 
 
-def tiny_process(folder, *arguments):
+def tiny_process(folder, *arguments, limit_bytes=None):
     """Return a started process that trains in `folder`, its output in folder/output.txt.
 
-    It is forked from a server that has imported everything, so that it starts at once.
+    It is forked from a server that has imported everything, so that it starts at once. It can write
+    no file larger than `limit_bytes`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training", "torch.utils.tensorboard"])
-    process = context.Process(target=_train_in, args=(str(folder), arguments))
+    process = context.Process(target=_train_in, args=(str(folder), arguments, limit_bytes))
     process.start()
     return process
 
 
-def _train_in(folder, arguments):
+def _train_in(folder, arguments, limit_bytes):
     os.chdir(folder)
+    if limit_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -76,7 +80,7 @@ def assert_same_values(value, other):
 
 def assert_same_run(folder, other):
     """Check that two runs ended alike: weights of every epoch, optimiser and schedule, losses and errors."""
-    assert records(folder) == records(other)
+    assert_same_values(records(folder), records(other))
     for epoch in [record["epoch"] for record in records(other)] + ["final"]:
         paths = [Path(where, "Model", f"{RUN}_{epoch}.pt") for where in (folder, other)]
         assert_same_values(*(load_checkpoint(path)["state_dict"] for path in paths))

@@ -78,7 +78,7 @@ def make_crops(dataset, label_size, count, data_dir=None):
 
 
 def export(network, inputs, path, form, dynamic):
-    """Write a network as `onnx` or `pt2`; return a function from inputs to (uvd, heatmaps) that runs the file.
+    """Write a network as `onnx` or `pt2`; return a function from inputs to (uvd, heatmaps) that runs it.
 
     `inputs` are example tensors (img, label_img, mask); `dynamic` leaves the batch size open.
     Raises UserError where a package is missing.
@@ -187,7 +187,7 @@ def main(argv=None):
     print(f"{path}: {args.format}{opset}, batch {args.batch}, {path.stat().st_size / 1e6:.1f} MB")
     print(f"largest difference on {len(crops)} crops {apart_mm:.4f} mm")
     print(
-        f"a batch of {batch}: PyTorch {1000 * own_s:.1f} ms, {args.format} {1000 * exported_s:.1f} ms (median)"
+        f"a batch of {batch}: PyTorch {1000 * own_s:.1f}, {args.format} {1000 * exported_s:.1f} ms (medians)"
     )
     if apart_mm > args.tolerance:
         raise UserError(f"{path} differs by {apart_mm:.3f} mm from PyTorch, more than {args.tolerance} mm")

@@ -4,8 +4,8 @@
     python -m tools.score_marks --marks annotations.json --model Model/HAND17_default_final.pt
 
 The JSON holds `camera` (fx, fy, u0, v0, depth_unit_mm), `hand` and `frames`: for each frame's name, a PNG
-beside the JSON, the marks (`thumb`, `index`, `middle`, `ring`, `pinky`, `wrist`) as u px, v px, depth mm of the
-surface.
+beside the JSON, the marks (`thumb`, `index`, `middle`, `ring`, `pinky`, `wrist`) as u px, v px, depth mm of
+the surface.
 """
 
 import argparse

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 
-from datasets import DATASETS, MSRADataset
+from datasets import DATASETS
 from evaluate import read_joints
 from frames import FrameError
 from metrics import joint_errors_mm

@@ -1,0 +1,198 @@
+"""Several processes, joined by gloo on the CPU, train as one does with the same global batch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, hidden_files
+from training import RUN, TINY, records, repeat_lines, train_tiny
+
+import distributed
+from checkpoints import load_checkpoint
+from loading import EpochSampler, PartSampler
+from runstate import STATE_KEYS
+from utils import UserError
+
+LAST = Path("Model", f"{RUN}_last.pt")
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    "2",
+    REPO / "train.py",
+    *TINY,
+]
+
+
+def torchrun(*arguments, cwd="."):
+    """Train in two processes; return what they printed."""
+    command = [*TORCHRUN, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def data(fresh_indexed):
+    """Return Data/ICVL with 8 training and 5 validation frames: an odd number for two processes."""
+    root = fresh_indexed("ICVL")
+    repeat_lines(root / "train.txt", 8)
+    repeat_lines(root / "val.txt", 5)
+    return root
+
+
+def as_each(monkeypatch, world):
+    """Yield the ranks of a world that this process pretends to be in."""
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        yield rank
+
+
+# Who gets which frames
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("start", [0, 5])
+def test_processes_share_each_batch_without_repeats(world, start, monkeypatch):
+    """Nor does their number, or where an epoch goes on, change what a batch holds."""
+    whole = EpochSampler(np.arange(100), 12, seed=7)
+    whole.epoch = 3
+    steps = [whole.batch(step) for step in range(whole.steps)]
+    assert len(steps) == 8 and len(set(sum(steps, []))) == 96
+    parts = []
+    for _ in as_each(monkeypatch, world):
+        sampler = EpochSampler(np.arange(100), 12, seed=7)
+        sampler.epoch, sampler.start = 3, start
+        own = list(sampler)
+        assert len(own) == len(sampler) == (8 - start) * 12 // world
+        parts.append(np.reshape([index for index, _ in own], (8 - start, -1)))
+    assert np.concatenate(parts, axis=1).tolist() == steps[start:]
+
+
+def test_order_and_augmentation_differ_from_epoch_to_epoch_and_seed_to_seed():
+    orders = []
+    for seed, epoch in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        sampler = EpochSampler(np.arange(50), 5, seed)
+        sampler.epoch = epoch
+        orders.append(list(sampler))
+    assert orders[0] == orders[3] and orders[1] != orders[0] != orders[2]
+    assert {seed for _, seed in orders[0]}.isdisjoint(seed for _, seed in orders[1])
+
+
+@pytest.mark.parametrize("frames", [0, 1, 2, 7, 24, 25])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_validation_takes_every_frame_once(frames, world, monkeypatch):
+    found, common = [], []
+    for _ in as_each(monkeypatch, world):
+        part = PartSampler(np.arange(100, 100 + frames), 2)
+        found += list(part)
+        common.append(part.common_steps)
+        assert len(list(part)) == len(part) >= 2 * part.common_steps
+    assert sorted(found) == list(range(100, 100 + frames)) and len(set(common)) == 1
+
+
+def test_batch_that_cannot_be_shared_is_refused(monkeypatch):
+    for _ in as_each(monkeypatch, 3):
+        with pytest.raises(UserError, match="--batch_size 8 is the batch of all processes together: .* 3"):
+            EpochSampler(np.arange(20), 8, 1)
+
+
+# Two processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimiser, rate", [("sgd", 1e-2), ("adam", 1e-6)])
+def test_two_processes_train_as_one(optimiser, rate, data, tmp_path):
+    """Twenty steps, each an epoch with a validation, so that every loss and error is on record.
+
+    Adam divides gradients by their size, and so makes differences of rounding as large as the rate.
+    """
+    options = ["--batch_size", 8, "--epoch", 20, "--opt", optimiser, "--lr", rate]
+    other = tmp_path / "two"
+    other.mkdir()
+    (other / "Data").symlink_to(tmp_path / "Data")
+    status, out, err = torchrun(*options, cwd=other)
+    assert status == 0, err
+    train_tiny(*options)
+    one, two = records(), records(other)
+    assert len(one) == len(two) == 20
+    for key, limit in (("loss", 1e-5), ("val_loss", 1e-5), ("val_mm", 1e-4)):
+        apart = np.abs([a[key] - b[key] for a, b in zip(one, two)])
+        assert apart.max() < limit, (key, apart)
+    # One process prints, logs and saves.
+    assert [out.count(f"epoch {epoch:>3}  loss") for epoch in range(1, 21)] == [1] * 20
+    assert len(list((other / "logs" / RUN).glob("events*"))) == 1 and not hidden_files(other / "Model")
+    assert len(load_checkpoint(other / LAST)["state_dict"]) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [1, 2])
+def test_resume_with_another_number_of_processes(first, data, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "Data").symlink_to(tmp_path / "Data")
+    train_tiny("--epoch", 4, "--opt", "sgd")
+    before = Path.cwd()
+    for processes, options in ((first, ["--epoch", 2]), (3 - first, ["--epoch", 4, "--resume"])):
+        if processes == 2:
+            status, _, err = torchrun("--opt", "sgd", *options, cwd=other)
+            assert status == 0, err
+        else:
+            os.chdir(other)
+            train_tiny("--opt", "sgd", *options)
+            os.chdir(before)
+    for one, two in zip(records(), records(other), strict=True):
+        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_process_without_a_usable_frame_takes_part_in_the_step(data, tmp_path):
+    """Refused frames leave the processes with unequal, or no, parts; each frame still counts alike."""
+    lines = (data / "train.txt").read_text().splitlines()
+    assert len({line.split()[0] for line in lines}) > 1
+    lines[2:] = [line.replace(".png", "_gone.png") for line in lines[2:]]
+    (data / "train.txt").write_text("\n".join(lines))
+    (data / "val.txt").write_text((data / "val.txt").read_text().splitlines()[0])
+    options = ["--batch_size", 8, "--epoch", 3, "--opt", "sgd", "--skip_bad", "--seed", 2]
+    other = tmp_path / "two"
+    other.mkdir()
+    (other / "Data").symlink_to(tmp_path / "Data")
+    status, _, err = torchrun(*options, cwd=other)
+    assert status == 0, err
+    train_tiny(*options)
+    for one, two in zip(records(), records(other), strict=True):
+        assert one["refused"] == two["refused"] == 6
+        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_sigterm_stops_all_processes_in_the_same_step(data, tmp_path):
+    repeat_lines(data / "train.txt", 400)
+    options = ["--batch_size", "2", "--epoch", "1", "--save_minutes", "0"]
+    process = subprocess.Popen([*TORCHRUN, *options], stderr=subprocess.PIPE, text=True)
+    while not LAST.is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode != 0 and err.count("stopped by SIGTERM in epoch 1 after step ") == 2
+    saved = load_checkpoint(LAST, STATE_KEYS)
+    step = saved["progress"]["step"]
+    assert step % 20 == 0 and 0 < step < 200 and f"after step {step};" in err
+    train_tiny(*options[:4], "--resume")
+    (record,) = records()
+    assert record["epoch"] == 1 and torch.isfinite(torch.tensor(record["loss"]))
+
+
+@pytest.mark.slow
+def test_batch_norm_needs_gpus_to_be_synchronised(data):
+    status, _, err = torchrun("--norm_method", "batch")
+    assert status != 0 and "error: batch norm is synchronised between GPUs only" in err

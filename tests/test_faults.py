@@ -1,0 +1,459 @@
+"""Bad numbers, frames that go bad in the middle of training, dying workers and a full disk lose nothing."""
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import hidden_files
+from torch.utils.data import get_worker_info
+from training import RUN, TINY, assert_same_values, records, repeat_lines, tiny_process, train_tiny
+
+import engine
+import utils
+from checkpoints import load_checkpoint, save_checkpoint
+from datasets import DATASETS, Sample
+from engine import BadNumbers, Progress, train_one_epoch, train_step
+from frames import LineFile
+from loading import EpochSampler, WorkerDied, make_loader
+from model import PixelwiseRegression
+from options import parse_train
+from runstate import STATE_KEYS, build_optimizer
+from utils import UserError, atomic_path, write_picture
+
+LAST = Path("Model", f"{RUN}_last.pt")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(fresh_indexed):
+    """Return Data/ICVL with 12 training and 4 validation frames: 3 steps and one."""
+    root = fresh_indexed("ICVL")
+    repeat_lines(root / "train.txt", 12)
+    repeat_lines(root / "val.txt", 4)
+    return root
+
+
+def options(*arguments):
+    return parse_train("", [*TINY, *map(str, arguments)])
+
+
+# Numbers that are not finite
+
+
+def tiny_network(frames, norm_method="instance"):
+    torch.manual_seed(0)
+    return PixelwiseRegression(
+        frames.joint_number, stage=1, label_size=16, features=32, level=0, norm_method=norm_method
+    )
+
+
+def copied(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "sgd"])
+@pytest.mark.parametrize("first_bad", [0, 2])
+@pytest.mark.parametrize("norm_method", ["instance", "batch"])
+def test_bad_step_changes_nothing(optimiser, first_bad, norm_method, data):
+    """Also the very first, and running statistics: the run equals one that never saw the bad batch."""
+    frames = DATASETS["ICVL"](label_size=16, image_size=32, targets=False)
+    good = Sample(*(field[None] for field in frames.sample(0)))
+    bad = good._replace(img=good.img * np.nan)
+    weights = []
+    for batches in ([good] * 4, [*[good] * first_bad, bad, bad, *[good] * (4 - first_bad)]):
+        network, args = tiny_network(frames, norm_method), options("--opt", optimiser)
+        optimizer = build_optimizer(args, network.parameters())
+        network.train()
+        flags = [train_step(network, optimizer, samples, args)[1].item() for samples in batches]
+        weights.append([copied(network), optimizer.state_dict()])
+    assert flags == [0] * first_bad + [1, 1] + [0] * (4 - first_bad)
+    assert_same_values(*weights)
+
+
+def test_finite_loss_with_a_gradient_that_is_not_is_bad_too(data, monkeypatch):
+    frames = DATASETS["ICVL"](label_size=16, image_size=32, targets=False)
+    network, args = tiny_network(frames), options()
+    before = copied(network)
+
+    def root_of_zero(network, samples, args):
+        return None, {"root": (0 * next(network.parameters()).sum()).sqrt()}
+
+    monkeypatch.setattr(engine, "forward_losses", root_of_zero)
+    loss, bad = train_step(network, build_optimizer(args, network.parameters()), None, args)
+    assert loss == 0 and bad == 1
+    assert_same_values(copied(network), before)
+
+
+def spoil_steps(monkeypatch, calls):
+    """Make the loss of these calls of engine.train_step NaN."""
+    original, count = engine.train_step, iter(range(1, 1000))
+
+    def spoilt(network, optimizer, samples, *arguments):
+        if next(count) in calls:
+            samples = samples._replace(uvd=samples.uvd * np.nan)
+        return original(network, optimizer, samples, *arguments)
+
+    monkeypatch.setattr(engine, "train_step", spoilt)
+
+
+def test_bad_step_is_counted_and_its_frames_are_named(data, monkeypatch, capfd):
+    spoil_steps(monkeypatch, {2})
+    train_tiny("--epoch", 1)
+    (warning,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: loss")]
+    assert "step not applied" in warning and warning.count("image_") == 4
+    (record,) = records()
+    assert record["bad_steps"] == 1 and np.isfinite(record["loss"])
+
+
+@pytest.mark.parametrize("calls, epoch", [({1, 2, 3}, 0), ({2, 3, 4, 5}, 1)])
+def test_too_many_bad_steps_end_the_run_with_its_state_saved(calls, epoch, data, monkeypatch):
+    """Within an epoch, and from one to the next."""
+    spoil_steps(monkeypatch, calls)
+    limit = len(calls) - 1
+    with pytest.raises(
+        BadNumbers, match=f"{len(calls)} steps in a row were not finite .*max_bad_steps {limit}"
+    ):
+        train_tiny("--max_bad_steps", limit)
+    saved = load_checkpoint(LAST, STATE_KEYS)
+    assert saved["epoch"] == epoch and saved["progress"]["bad_in_a_row"] == len(calls)
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
+
+
+def test_as_many_bad_steps_as_allowed_do_not_end_it(data, monkeypatch):
+    spoil_steps(monkeypatch, {2, 3, 4})
+    train_tiny("--max_bad_steps", 3)
+    assert [record["bad_steps"] for record in records()] == [2, 1]
+
+
+def test_epoch_without_a_good_step_is_none(data, monkeypatch):
+    spoil_steps(monkeypatch, {1, 2, 3})
+    with pytest.raises(UserError, match="no step of epoch 1 could be applied"):
+        train_tiny()
+
+
+# Frames that go bad in the middle of training
+
+
+def rewrite(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
+
+
+def repicture(change):
+    return lambda path: cv2.imwrite(str(path), change(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
+
+
+def int32(data, place, value):
+    return data[: 4 * place] + int(value).to_bytes(4, "little", signed=True) + data[4 * place + 4 :]
+
+
+PNG_DAMAGES = {
+    "missing": (lambda path: path.unlink(), "is missing"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
+    "empty": (rewrite(lambda data: b""), "is empty"),
+    "cut": (rewrite(lambda data: data[: len(data) // 2]), "cut short"),
+    "flipped": (rewrite(lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:]), "decode"),
+    "text": (rewrite(lambda data: b"no picture at all, by no means"), "is no PNG"),
+    "size": (repicture(lambda image: image[:-1]), "px, found"),
+    "depth": (repicture(lambda image: image.astype("uint8" if image.ndim == 2 else "uint16")), "expected a"),
+    "channels": (
+        repicture(lambda image: np.dstack([image] * 4) if image.ndim == 2 else image[:, :, 0]),
+        "exp",
+    ),
+}
+BIN_DAMAGES = {
+    "missing": (lambda path: path.unlink(), "is missing"),
+    "empty": (rewrite(lambda data: b""), "is empty"),
+    "header cut": (rewrite(lambda data: data[:20]), "24 bytes"),
+    "cut": (rewrite(lambda data: data[:-4]), "promises"),
+    "long": (rewrite(lambda data: data + b"1234"), "promises"),
+    "width": (rewrite(lambda data: int32(data, 0, 640)), "the header says"),
+    "negative": (rewrite(lambda data: int32(data, 2, -5)), "beyond the picture"),
+    "huge": (rewrite(lambda data: int32(data, 4, 2**31 - 1)), "beyond the picture"),
+    "NaN": (rewrite(lambda data: data[:24] + b"\0\0\xc0\x7f" + data[28:]), "not finite"),
+}
+CASES = [
+    *((name, damage) for name in ("NYU", "ICVL", "HAND17") for damage in PNG_DAMAGES),
+    *(("MSRA", damage) for damage in BIN_DAMAGES),
+]
+
+
+def train_with_damage(monkeypatch, name, damage, *arguments):
+    """Train an epoch of single frames; after the first step damage(training set). Return the Progress.
+
+    The optimiser's step is left out, for only reading matters here.
+    """
+    frames, damages = DATASETS[name](label_size=16, image_size=32, targets=False), [damage]
+
+    def no_step(*_):
+        if damages:
+            damages.pop()(frames)
+        return torch.zeros(2)
+
+    class NeverDue:
+        def due(self, step):
+            return False
+
+    monkeypatch.setattr(engine, "train_step", no_step)
+    args, progress = options("--batch_size", 1, *arguments), Progress()
+    loader = make_loader(frames, EpochSampler(np.arange(len(frames)), 1, 3), args, CPU, 1)
+    train_one_epoch(torch.nn.Identity(), loader, None, CPU, args, progress, NeverDue())
+    return progress
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_frame_that_goes_bad_is_named_or_counted(name, kind, fresh_indexed, monkeypatch, capfd):
+    root = fresh_indexed(name)
+    index = root / ("train_0.txt" if name == "MSRA" else "train.txt")
+    repeat_lines(index, 20)
+    damages = {**PNG_DAMAGES, **BIN_DAMAGES} if name == "MSRA" else PNG_DAMAGES
+    damage, words = damages[kind]
+    spoilt = []
+
+    def spoil(frames):
+        spoilt.append(frames.frame_path(0))
+        if not spoilt[1:]:
+            damage(frames.frame_path(0))
+
+    with pytest.raises(UserError) as refusal:
+        train_with_damage(monkeypatch, name, spoil)
+    message = str(refusal.value)
+    assert message.startswith(f"{spoilt[0]}: ") and words in message and "\n" not in message
+    assert message.endswith("(--skip_bad counts such frames and goes on)")
+
+    capfd.readouterr()
+    progress = train_with_damage(monkeypatch, name, spoil, "--skip_bad")
+    assert progress.step == 20 and 0 < progress.refused == 20 - progress.good_steps
+    assert capfd.readouterr().out.count(f"warning: skipped {spoilt[0]}: ") == min(progress.refused, 10)
+
+
+@pytest.mark.parametrize(
+    "name, file, change, words",
+    [
+        ("ICVL", "train.txt", lambda numbers: ["nan", *numbers[1:]], "the label has a number that is not"),
+        ("ICVL", "train.txt", lambda numbers: ["1e9", *numbers[1:]], "outside the heatmap grid"),
+        (
+            "ICVL",
+            "train.txt",
+            lambda numbers: [*numbers[:2], "1e99", *numbers[3:]],
+            "the label is impossible",
+        ),
+        ("ICVL", "train.txt", lambda numbers: ["x", *numbers[1:]], "the label is not numbers"),
+        ("ICVL", "train.txt", lambda numbers: numbers[1:], "the label has 47 numbers, expected 48"),
+        ("ICVL", "train.txt", lambda numbers: [], "the label has 0 numbers"),
+        ("HAND17", "train.txt", lambda numbers: [*numbers[:2], "-1", *numbers[3:]], "behind the camera"),
+        ("ICVL", "icvl_center_train.txt", lambda _: ["invalid"], "the centre is not numbers"),
+        ("ICVL", "icvl_center_train.txt", lambda _: [], "the centre has 0 numbers"),
+        ("NYU", "nyu_center_train.txt", lambda _: ["1", "2", "nan"], "the centre has a number that is not"),
+        ("NYU", "nyu_center_train.txt", lambda _: ["1", "2", "-3"], "the centre is impossible"),
+        ("HAND17", "hands17_center_train.txt", lambda _: ["0"] * 4, "the centre has 4 numbers"),
+    ],
+)
+def test_text_that_goes_bad_in_place_is_named(name, file, change, words, fresh_indexed, monkeypatch):
+    root = fresh_indexed(name)
+    repeat_lines(root / "train.txt", 20)
+
+    def spoil(_):
+        with (root / file).open("r+") as text:
+            lines = text.read().splitlines()
+            for number, line in enumerate(lines):
+                path = line.split()[:1] if file == "train.txt" else []
+                lines[number] = " ".join(path + change(line.split()[len(path) :])).ljust(len(line))[
+                    : len(line)
+                ]
+            text.seek(0)
+            text.write("\n".join(lines))
+
+    with pytest.raises(UserError, match=words) as refusal:
+        train_with_damage(monkeypatch, name, spoil)
+    assert str(refusal.value).startswith(f"{root}/") and "\n" not in str(refusal.value)
+
+
+def test_index_cut_short_under_a_run_does_not_crash_it(data):
+    """A memory map would have: reading behind a file's end is a signal, not an error."""
+    path = data / "train.txt"
+    lines = LineFile(path)
+    assert lines[5]
+    os.truncate(path, 0)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(lines[5] != "")
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_bad_validation_frame_is_counted_once_over_a_whole_run(data, capfd):
+    """The picture for TensorBoard is of that frame too."""
+    path = next((data / "Testing/Depth").rglob("*.png"))
+    path.unlink()
+    with pytest.raises(UserError, match="the file is missing"):
+        train_tiny("--epoch", 1)
+    train_tiny("--resume", "--skip_bad", "--epoch", 1)
+    (record,) = records()
+    repeats = (data / "val.txt").read_text().count(path.name)
+    assert record["refused"] == repeats > 0 and np.isfinite(record["val_mm"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_no_frames_fault_ends_a_run_also_with_skip_bad(workers, data):
+    (data / "icvl_center_train.txt").rename("moved")
+    with pytest.raises(UserError, match="icvl_center_train.txt not found: put it there") as error:
+        train_tiny("--skip_bad", "--num_workers", workers)
+    assert "\n" not in str(error.value)
+
+
+# Loading processes that die
+
+
+def kill_worker_at(monkeypatch, index):
+    """Let a loading process that reads frame `index` die, as for lack of memory."""
+    original = DATASETS["ICVL"].load
+
+    def deadly(self, at):
+        if at == index and self.split == "train" and get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, at)
+
+    monkeypatch.setattr(DATASETS["ICVL"], "load", deadly)
+
+
+@pytest.mark.slow
+def test_frame_at_which_a_worker_dies_is_named_and_the_state_saved(data, monkeypatch):
+    name = DATASETS["ICVL"](dataset="train").frame_path(7)
+    with monkeypatch.context() as patch:
+        kill_worker_at(patch, 7)
+        with pytest.raises(WorkerDied, match=f"a loading process died while it read {name} "):
+            train_tiny("--num_workers", 2, "--batch_size", 2)
+    saved = load_checkpoint(LAST, STATE_KEYS)
+    # Steps that were loaded before may be lost with the process, but none is taken twice or left out.
+    sampler = EpochSampler(np.arange(12), 2, 5)
+    assert saved["progress"]["step"] <= next(step for step in range(6) if 7 in sampler.batch(step))
+    train_tiny("--num_workers", 2, "--batch_size", 2, "--resume")
+    assert len(records()) == 2
+
+
+@pytest.mark.slow
+def test_frame_at_which_a_worker_dies_is_passed_over_with_skip_bad(data, monkeypatch, capfd):
+    kill_worker_at(monkeypatch, 7)
+    train_tiny("--num_workers", 2, "--batch_size", 2, "--skip_bad")
+    # Known from the first death on, it costs one frame an epoch, not a batch.
+    assert [record["refused"] for record in records()] == [1, 1]
+    assert capfd.readouterr().out.count("a loading process died while it read this") == 2
+
+
+# A full disk
+
+
+def fill_disk(monkeypatch, calls):
+    """Let these calls of os.fsync, which every atomic write makes, find the disk full."""
+    original, count = os.fsync, iter(range(1, 1000))
+
+    def full(handle):
+        if next(count) in calls:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(handle)
+
+    monkeypatch.setattr(utils.os, "fsync", full)
+
+
+def test_training_goes_on_without_space_and_saves_later(data, monkeypatch, capfd):
+    train_tiny("--epoch", 1)
+    good = LAST.read_bytes()
+    original, states = engine.train_step, []
+
+    def noted(*arguments):
+        states.append(LAST.read_bytes())
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        # One write for the options; then the log, the epoch's checkpoint and the state of epoch 2.
+        fill_disk(patch, {2, 3, 4})
+        patch.setattr(engine, "train_step", noted)
+        train_tiny("--epoch", 3, "--resume")
+    assert states == [good] * 6, "the last good state stayed"
+    out = capfd.readouterr().out
+    assert out.count("WARNING: cannot write") == 3 and out.count("No space left on device") == 3
+    assert load_checkpoint(Path("Model", f"{RUN}_2.pt"))["record"]["epoch"] == 2
+    assert load_checkpoint(LAST, STATE_KEYS)["epoch"] == 3 and len(records()) == 3
+    kept = {path: load_checkpoint(path)["state_dict"] for path in Path("Model").glob("*_?.pt")}
+    train_tiny("--epoch", 3)
+    for path, weights in kept.items():
+        assert_same_values(weights, load_checkpoint(path)["state_dict"])
+    assert not hidden_files(".")
+
+
+def test_tensorboard_without_space_does_not_end_the_run(data, monkeypatch, capfd):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    train_tiny()
+    assert capfd.readouterr().out.count("WARNING: TensorBoard's log ends here: No space left") == 1
+    assert len(records()) == 2
+
+
+@pytest.mark.slow
+def test_file_size_limit_leaves_the_last_good_state(data):
+    """The kernel refuses the writing itself, so that files are cut short."""
+    train_tiny("--epoch", 1)
+    good = {path: path.read_bytes() for path in Path("Model").glob("*.pt")}
+    process = tiny_process(Path.cwd(), "--epoch", 3, "--resume", "--save_minutes", 0, limit_bytes=50_000)
+    process.join()
+    out = Path("output.txt").read_text()
+    assert process.exitcode == 1 and out.splitlines()[-1].startswith("error: cannot write Model")
+    assert "epoch   3" in out and "TensorBoard's log ends here" in out
+    assert out.count("WARNING: cannot write") > 6 and "File too large" in out
+    assert {path: path.read_bytes() for path in Path("Model").glob("*.pt")} == good
+    train_tiny("--epoch", 3, "--resume")
+    assert len(records()) == 3
+
+
+def test_checkpoint_without_space_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "network.pt"
+    save_checkpoint(path, {"a": 1})
+    fill_disk(monkeypatch, {1})
+    with pytest.raises(UserError, match="cannot write .*network.pt: No space left on device"):
+        save_checkpoint(path, {"a": 2})
+    assert load_checkpoint(path, ()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# Atomic writes
+
+
+def test_killed_writer_leaves_the_old_file_and_its_rubbish_goes(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("old")
+    pid = os.fork()
+    if pid == 0:
+        with atomic_path(path) as temporary:
+            temporary.write_text("ne")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (leftover,) = hidden_files(tmp_path)
+    assert path.read_text() == "old"
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert leftover.exists(), "its writer might still be at work"
+    os.utime(leftover, (time.time() - 4000,) * 2)
+    other = tmp_path / ".train.longer.abcdefgh.txt"
+    other.touch()
+    os.utime(other, (0, 0))
+    with atomic_path(path) as temporary:
+        temporary.write_text("newer")
+    assert path.read_text() == "newer" and sorted(tmp_path.iterdir()) == [other, path]
+
+
+def test_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, picture = tmp_path / "hand.png", np.full((8, 9, 3), (10, 20, 30), np.uint8)
+    write_picture(path, picture)
+    assert (cv2.imread(str(path)) == (30, 20, 10)).all()
+    fill_disk(monkeypatch, {1})
+    with pytest.raises(UserError, match="cannot write"):
+        write_picture(path, picture * 0)
+    assert cv2.imread(str(path)).any() and list(tmp_path.iterdir()) == [path]
