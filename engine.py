@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import distributed
 from datasets import Sample
+from inference import prepare
 from loading import WorkerDied, batches_of, make_loader, to_device
 from metrics import joint_errors_mm
 from model import losses, spatial_form
@@ -226,16 +227,7 @@ def picture_of(network, dataset, index, device, args):
     return draw_comparison(samples.img[0, 0].cpu().numpy(), true, predicted, dataset.config)
 
 
-def prepare(network, device, frames=None):
-    """Return a function (img, label_img, mask) -> last StageOutput, the fastest exact one on the device.
-
-    `frames` is how many frames are to come, where that is known.
-    """
-    network = network.to(device, memory_format=torch.channels_last).eval()
-    return lambda img, label_img, mask: network(img, label_img, mask)[-1]
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def predict(network, dataset, args, device):
     """Return joints [N, J, 3] uvd (px, mm) of every frame of a data set, and the refused frames' errors.
 
@@ -249,7 +241,7 @@ def predict(network, dataset, args, device):
             refused += batch.refused
             if batch.samples is not None:
                 samples = to_device(batch.samples, device)
-                uvd = forward(samples.img, samples.label_img, samples.mask).uvd.float().cpu()
+                uvd = forward(samples.img, samples.label_img, samples.mask).uvd.cpu()
                 joints_uvd[batch.indices] = dataset.recover_uvd(uvd, batch.samples)
             bar.update(len(batch.indices) + len(batch.refused))
     return joints_uvd, refused

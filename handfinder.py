@@ -32,13 +32,12 @@ SURFACE_MM2 = (2000.0, 45000.0)
 # What makes a surface a hand: the weights of its _Shape, fitted (conditional logistic regression) on 595
 # rendered frames of four sensors, a third of them with bars, tables and specks added. And what a place
 # loses for each mm that it lies behind the nearest.
-WEIGHTS = np.array([1.45, -0.33, -0.32, 1.1, 4.2, -9.0, -4.1])
-FARTHER_PER_MM = 0.011
-LEAST_SCORE = -4.5
+WEIGHTS = np.array([1.55, -0.27, -0.34, 2.45, 4.2, -9.5, -4.0])
+FARTHER_PER_MM = 0.0103
+LEAST_LIKENESS = -4.0
 
-# A place this far from where the hand was in the frame before costs one point of score, and no place more
-# than MOST_TRACK: the hand may have been lost, or never there.
-TRACK_MM, MOST_TRACK = 60.0, 3.0
+# What a place gains where the hand was in the frame before; nothing from this distance on.
+TRACK_BONUS, TRACK_MM = 3.0, 180.0
 
 
 class _Picture(NamedTuple):
@@ -95,12 +94,11 @@ def find_center(frame, camera, near_uvd=None):
         raise ValueError("no surface is as large as a hand")
     xyz = np.array([middle for middle, _ in places], np.float64)
     likeness = np.array([shape for _, shape in places]) @ WEIGHTS
-    score = likeness - FARTHER_PER_MM * np.minimum(xyz[:, 2] - xyz[:, 2].min(), 500)
     if near_uvd is not None:
         away_mm = np.linalg.norm(xyz - uvd2xyz(near_uvd, camera), axis=1)
-        score -= np.minimum(away_mm / TRACK_MM, MOST_TRACK)
-    best = score.argmax()
-    if likeness[best] < LEAST_SCORE:
+        likeness += TRACK_BONUS * np.maximum(1 - away_mm / TRACK_MM, 0)
+    best = (likeness - FARTHER_PER_MM * np.minimum(xyz[:, 2] - xyz[:, 2].min(), 500)).argmax()
+    if likeness[best] < LEAST_LIKENESS:
         raise ValueError("nothing in the frame looks like a hand")
     return xyz2uvd(xyz[best], camera)
 
@@ -109,9 +107,6 @@ def _coarse(frame, camera):
     step = max(1, round(camera.fx / COARSE_FOCAL_PX))
     depth = frame.depth_mm[step // 2 :: step, step // 2 :: step].astype(np.float32)
     depth = cv2.medianBlur(np.pad(depth, 1), 3)  # the frame's border ends a surface, as a hole does
-    # Sensors lose a few pixels beside every edge: such a gap does not end a surface.
-    closed = cv2.morphologyEx(depth, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
-    depth = np.where(depth > 0, depth, closed)
     height, width = depth.shape
     columns = (np.arange(width, dtype=np.float32) - 1) * step + step // 2 + frame.left
     rows = (np.arange(height, dtype=np.float32) - 1) * step + step // 2 + frame.top

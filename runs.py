@@ -13,7 +13,7 @@ from checkpoints import draw_seed, load_checkpoint, resolve_device, seed_everyth
 from datasets import DATASETS, MSRADataset, test_labels_uvd
 from engine import picture_of, predict, train_one_epoch, validate
 from frames import FrameError
-from loading import EpochSampler, PartSampler, make_loader
+from loading import EpochSampler, PartSampler, ending_workers, make_loader
 from metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
 from model import PixelwiseRegression, from_checkpoint
 from runstate import RunState, caught_signals, checkpoint_path, load_state, run_name, write_options
@@ -103,7 +103,7 @@ def train(args):
                 f"{state.run}: {len(train_indices)} training and {len(val_indices)} validation frames, "
                 f"seed {args.seed}, {distributed.world_size()} x {device}"
             )
-        with state.open_logs(), caught_signals(state):
+        with state.open_logs(), caught_signals(state), ending_workers(train_loader, val_loader):
             while state.epoch < args.epoch:
                 train_epoch(state, train_loader, val_loader, device)
         return state.finish()

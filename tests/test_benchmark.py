@@ -12,7 +12,7 @@ from tools.benchmark import Timing, format_rows, timed
 def test_it_measures_a_data_set_and_the_network(fresh_indexed, tmp_path, capsys, monkeypatch):
     roots = {name: fresh_indexed(name) for name in benchmark.DATASETS}
     build_cache("NYU", roots["NYU"])
-    monkeypatch.setattr(benchmark, "limit_flops", lambda *_: 1e12)
+    monkeypatch.setattr(benchmark, "limit_flops", lambda *_: (1e12, 0.0))
     monkeypatch.setattr(benchmark, "loader_rows", lambda *_: [])
     small = "--features 32 --stages 1 --level 2".split()
     parse_train = benchmark.parse_train

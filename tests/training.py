@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import resource
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -13,6 +14,7 @@ from checkpoints import load_checkpoint
 from options import parse_train
 from runs import train
 
+TESTS = Path(__file__).resolve().parent
 RUN = "ICVL_default"
 TINY = (
     "--dataset ICVL --label_size 16 --features 32 --level 0 --stages 1 --device cpu --num_workers 0 "
@@ -40,7 +42,9 @@ def tiny_process(folder, *arguments, limit_bytes=None):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training", "torch.utils.tensorboard"])
     process = context.Process(target=_train_in, args=(str(folder), arguments, limit_bytes))
-    process.start()
+    # The server does not get sys.path, and passes over in silence what it cannot import.
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)])):
+        process.start()
     return process
 
 

@@ -173,10 +173,11 @@ def target_row(device, repeats):
 
 
 def limit_flops(device, dtype, repeats):
-    """Return the FLOP/s of a large matrix product, which no network exceeds."""
+    """Return the FLOP/s, median and spread, of a large matrix product, which no network exceeds."""
     edge = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
-    return 2 * edge**3 / timed([lambda: left @ right], device, repeats)[0].median
+    (timing,) = timed([lambda: left @ right], device, repeats)
+    return timing.row("", "FLOP/s", 2 * edge**3)[1:4:2]
 
 
 def counted_flops(function):
@@ -189,8 +190,9 @@ def counted_flops(function):
 def training_rows(device, batch_sizes, modes, repeats):
     """Yield Rows of one training step by precision, mode and batch size."""
     for precision, (words, dtype) in CASES.items():
-        limit = limit_flops(device, dtype, repeats)
-        yield Row(f"matrix product, {precision}", limit / 1e9, "GFLOP/s", 0.0, "the arithmetic limit")
+        limit, spread = limit_flops(device, dtype, repeats)
+        product = f"matrix product, {precision}"
+        yield Row(product, limit / 1e9, "GFLOP/s", spread / 1e9, "the arithmetic limit")
         for size in batch_sizes:
             flops = None
             for mode in modes:
@@ -216,7 +218,7 @@ def training_step(device, batch_size, words):
 def inference_rows(device, batch_sizes, repeats):
     """Yield Rows of the latency of one frame and of the throughput at the best batch size."""
     network = build_network(parse_train("", []), JOINTS, device).eval()
-    forward, limit = prepare(network, device), limit_flops(device, torch.float32, repeats)
+    forward, (limit, _) = prepare(network, device), limit_flops(device, torch.float32, repeats)
     _reset_peak(device)
     best = None
     for size in sorted({1, *batch_sizes}):

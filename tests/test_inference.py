@@ -1,0 +1,53 @@
+"""The fast forward pass gives the network's own answer."""
+
+import shutil
+
+import pytest
+import torch
+
+import inference
+from inference import moved_mm, prepare
+from model import PixelwiseRegression
+
+
+@pytest.fixture(params=["instance", "batch"])
+def network(request):
+    torch.manual_seed(3)
+    return PixelwiseRegression(5, 1, 16, features=32, level=2, norm_method=request.param).eval()
+
+
+def inputs(batch):
+    generator = torch.Generator().manual_seed(batch)
+    label_img = torch.rand(batch, 1, 16, 16, generator=generator) - 0.5
+    return torch.rand(batch, 1, 32, 32, generator=generator) - 0.5, label_img, (label_img > 0).float()
+
+
+@torch.no_grad()
+def assert_same(network, forward, batch):
+    expected, answer = network(*inputs(batch))[-1], forward(*inputs(batch))
+    assert moved_mm(answer.uvd, expected.uvd) < 0.01
+    assert torch.allclose(answer.heatmaps, expected.heatmaps, atol=1e-5)
+    assert torch.allclose(answer.depthmaps, expected.depthmaps, atol=1e-3)
+
+
+def test_fast_path_gives_the_networks_answer_and_leaves_it_alone(network):
+    before = [type(module) for module in network.modules()]
+    forward = prepare(network, torch.device("cpu"))
+    for batch in (1, 3):
+        assert_same(network, forward, batch)
+    assert [type(module) for module in network.modules()] == before
+
+
+def test_answers_are_told_apart_in_mm():
+    uvd = torch.zeros(1, 2, 3)
+    assert moved_mm(uvd, uvd + torch.tensor([0.001, 0, 0])) == pytest.approx(0.3)
+    assert moved_mm(uvd, uvd + torch.tensor([0, 0, 0.001])) == pytest.approx(0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_long_work_is_compiled_and_a_last_short_batch_is_not(network, monkeypatch):
+    monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
+    forward = prepare(network, torch.device("cpu"), frames=5)
+    for batch in (2, 2, 1):
+        assert_same(network, forward, batch)

@@ -1,0 +1,257 @@
+"""The script and the Python call on a user's own frames: same numbers as test.py, hands, files, bad input."""
+
+import csv
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ON_CPU, run_process
+
+from cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
+from checkpoints import save_checkpoint
+from datasets import DATASETS, prepare_crop
+from model import PixelwiseRegression
+from predict import HandPoseEstimator
+from transforms import Camera, Frame
+from utils import UserError
+
+CAMERA = Camera(475.0, 475.0, 319.5, 239.5)
+CAMERA_TEXT = "475,475,319.5,239.5"
+
+
+def save_network(path, joints=21, **more):
+    """Write the checkpoint of a small random network; return its path."""
+    torch.manual_seed(0)
+    network = PixelwiseRegression(
+        joints, stage=1, label_size=32, features=32, level=2, norm_method="instance"
+    )
+    save_checkpoint(
+        path, {"state_dict": network.state_dict(), "seed": 0, "model_param": network.param, **more}
+    )
+    return path
+
+
+def hand_frame(distance_mm=500, column=320, row=240):
+    """Return depth [480, 640] in uint16 mm of a flat open hand: a palm, five fingers, a forearm."""
+    depth = np.zeros((480, 640), np.uint16)
+    scale = 475 / distance_mm
+    point = lambda x, y: (round(column + x * scale), round(row + y * scale))  # noqa: E731
+    cv2.rectangle(depth, point(-40, -10), point(40, 75), distance_mm, -1)
+    for x, y in ((-75, -25), (-38, -95), (-13, -105), (13, -100), (38, -85)):
+        base = point(np.clip(x, -35, 35), 20 if x == -75 else -5)
+        cv2.line(depth, base, point(x, y), distance_mm, round(16 * scale))
+    cv2.line(depth, point(0, 70), point(10, 300), distance_mm, round(55 * scale))
+    return depth
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_network(tmp_path_factory.mktemp("model") / "small.pt", dataset="HAND17")
+
+
+@pytest.fixture(scope="session")
+def estimator(model):
+    return HandPoseEstimator(model, CAMERA, device="cpu")
+
+
+def write_png(path, picture):
+    """Write a picture; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), picture)
+    return path
+
+
+@pytest.mark.parametrize("name", ["NYU", "ICVL", "HAND17"])
+def test_a_data_sets_own_frame_gives_what_test_py_gives(name, fresh_indexed, script):
+    root = fresh_indexed(name)
+    cls = DATASETS[name]
+    model = save_network(Path("small.pt"), cls.joint_number, dataset=name)
+    assert script("test.py", "--dataset", name, "--model", model, *ON_CPU).status == 0
+    lines = Path("Result", f"{name}_default.txt").read_text().splitlines()
+    dataset = cls(path=root, dataset="test", test_only=True)
+    estimator = HandPoseEstimator(model, name, device="cpu")
+    for index, line in enumerate(lines):
+        numbers = np.array(line.split()[-3 * cls.joint_number :], float).reshape(-1, 3)
+        depth_mm = read_depth(dataset.frame_path(index), PRESETS[name])
+        pose = estimator(depth_mm, center_uvd=dataset.center_uvd(index))
+        found = pose.joints_xyz if name == "HAND17" else pose.joints_uvd
+        np.testing.assert_allclose(found, numbers, atol=1.5e-3)  # test.py writes three decimals
+
+
+def test_the_crop_is_the_data_sets_to_the_last_bit(fresh_indexed):
+    dataset = DATASETS["NYU"](path=fresh_indexed("NYU"), dataset="test", test_only=True)
+    frame, center_uvd, window = dataset.locate(0)
+    own = prepare_crop(frame, center_uvd, dataset.cube_of(0), dataset.camera, window=window)
+    for ours, theirs in zip(own, dataset.sample(0)):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_mirrored_frame_of_a_left_hand_gives_mirrored_joints(model, estimator):
+    depth_mm = hand_frame()
+    right = estimator(depth_mm)
+    left = HandPoseEstimator(model, CAMERA, hand="left", device="cpu")(depth_mm[:, ::-1])
+    np.testing.assert_allclose(left.joints_xyz, right.joints_xyz * (-1, 1, 1), atol=0.01)
+    np.testing.assert_allclose(left.joints_uvd[:, 0], 639 - right.joints_uvd[:, 0], atol=0.01)
+
+
+def test_a_batch_gives_what_single_frames_give(estimator):
+    frames = [hand_frame(), hand_frame(600, 250, 200), np.zeros((480, 640), np.uint16)]
+    poses = estimator.batch(frames)
+    assert poses[2].joints_xyz is None and "empty" in poses[2].reason
+    for pose, frame in zip(poses[:2], frames):
+        assert pose.joints_xyz.shape == (21, 3) and pose.confidence.shape == (21,)
+        assert ((pose.confidence >= 0) & (pose.confidence <= 1.001)).all()
+        np.testing.assert_allclose(pose.joints_xyz, estimator(frame).joints_xyz, atol=0.05)
+
+
+def test_the_script_writes_what_the_call_returns_and_goes_on_after_bad_frames(tmp_path, model, estimator):
+    folder = tmp_path / "recording"
+    write_png(folder / "depth_1.png", hand_frame())
+    write_png(folder / "depth_2.png", np.zeros((480, 640), np.uint16))
+    write_png(folder / "depth_3.jpg", np.full((480, 640, 3), 90, np.uint8))
+    (folder / "depth_4.png").write_bytes(b"")
+    np.save(folder / "depth_10.npy", hand_frame(column=330).astype(np.float32))
+    done = run_process(
+        "predict.py", folder, "--camera", CAMERA_TEXT, "--model", model, "--device", "cpu", "--plot3d",
+        "--out", tmp_path / "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.status == 3
+    assert done.err.count("warning:") == 3 and "Traceback" not in done.err
+    assert "2 of 5 frames have joints" in done.out and "frames a second" in done.out
+    result = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert (result["version"], result["joints"], result["hand"]) == (1, "HAND17", "right")
+    names = [Path(frame["frame"]).stem for frame in result["frames"]]
+    assert names == ["depth_1", "depth_2", "depth_3", "depth_4", "depth_10"]
+    assert [frame["joints"] is None for frame in result["frames"]] == [False, True, True, True, False]
+    assert all(frame["reason"] for frame in result["frames"][1:4])
+    pose = estimator(hand_frame())
+    written = result["frames"][0]["joints"]
+    np.testing.assert_allclose([joint["xyz"] for joint in written], pose.joints_xyz, atol=0.01)
+    np.testing.assert_allclose([joint["confidence"] for joint in written], pose.confidence, atol=1e-3)
+    rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
+    assert len(rows) == 2 * 21 + 3 and rows[21]["reason"] == result["frames"][1]["reason"]
+    assert cv2.imread(str(tmp_path / "out/overlay/000000_depth_1.png")).shape == (480, 640, 3)
+    assert cv2.imread(str(tmp_path / "out/views/000004_depth_10.png")).shape == (400, 800, 3)
+    assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).read()[0]
+
+
+def test_the_script_takes_a_presets_name_and_a_center(tmp_path, model):
+    frame = write_png(tmp_path / "frame.png", (hand_frame() * 8).astype(np.uint16))
+    options = ["--camera", "SR305", "--center", "320,240,500", "--model", model, "--device", "cpu"]
+    done = run_process("predict.py", frame, *options, cwd=tmp_path)
+    assert done.status == 0, done.err
+    result = json.loads((tmp_path / "Result/predict/predictions.json").read_text())
+    assert result["depth_unit_mm"] == 0.125
+    assert result["frames"][0]["center_uvd"] == [320, 240, 500]
+    assert not (tmp_path / "Result/predict/film.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frame.png", "--camera", "475,475,320"], "expected 4 numbers"),
+        (["frame.png", "--camera", "0,475,320,240"], "above 0"),
+        (["frame.png", "--camera", "absent.yml"], "cannot be read"),
+        (["frame.png", "--camera", CAMERA_TEXT], "python demo.py"),
+        (["frame.png", "--camera", CAMERA_TEXT, "--model", "absent.pt"], "absent.pt not found"),
+        (["empty", "--camera", CAMERA_TEXT, "--model", "small.pt"], "no depth frame"),
+        (["frame.png", "--camera", CAMERA_TEXT, "--model", "small.pt", "--joints", "NYU"], "21 joints"),
+        (["frame.png", "--camera", CAMERA_TEXT, "--depth_unit", "0"], "--depth_unit must be above 0"),
+        (["frame.png", "--camera", CAMERA_TEXT, "--center", "1,2"], "expected 3 numbers"),
+    ],
+)
+def test_what_cannot_be_used_ends_in_one_line(arguments, message, workplace, model, script):
+    write_png(Path("frame.png"), hand_frame())
+    Path("empty").mkdir()
+    Path("small.pt").write_bytes(model.read_bytes())
+    done = script("predict.py", *arguments)
+    assert done.status == 1
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and message in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("zero.png", np.zeros((480, 640), np.uint16), "the frame is empty"),
+        ("grey.png", np.full((480, 640), 90, np.uint8), "found 8-bit grey"),
+        ("colour.png", np.full((480, 640, 3), 90, np.uint8), "found 8-bit colour"),
+        ("nan.npy", np.full((480, 640), np.nan), "not finite"),
+        ("negative.npy", np.full((480, 640), -1.0), "negative"),
+        ("metres.npy", np.full((480, 640), 0.5), "--depth_unit 1000"),
+        ("stack.npy", np.ones((2, 480, 640)), "expected 16-bit or float depths"),
+        ("objects.npy", np.array([None]), "cannot be read"),
+        ("short.bin", b"123", "24 bytes"),
+        ("empty.tif", b"", "the file is empty"),
+        ("text.tif", b"hello", "does not decode"),
+        ("absent.png", None, "missing"),
+        ("nothing.png", np.pad(np.full((20, 20), 500, np.uint16), 200), "hand"),
+    ],
+)
+def test_a_bad_frame_gets_its_reason(name, content, message, workplace, model, script):
+    if isinstance(content, bytes):
+        Path(name).write_bytes(content)
+    elif name.endswith("npy"):
+        np.save(name, content, allow_pickle=True)
+    elif content is not None:
+        write_png(Path(name), content)
+    done = script("predict.py", name, "--camera", CAMERA_TEXT, "--model", model, "--device", "cpu")
+    assert done.status == 1
+    assert done.err.startswith(f"warning: {name}: ") and done.err.count("\n") == 1 and message in done.err
+    result = json.loads(Path("Result/predict/predictions.json").read_text())
+    assert result["frames"][0]["joints"] is None and message in result["frames"][0]["reason"]
+
+
+def test_every_kind_of_file_is_read_to_millimetres(tmp_path, indexed):
+    depth = hand_frame()
+    millimetres = parse_camera(CAMERA_TEXT)
+    nyu = cv2.merge(
+        [(depth & 255).astype(np.uint8), (depth >> 8).astype(np.uint8), np.zeros_like(depth, np.uint8)]
+    )
+    np.save(tmp_path / "metres.npy", depth / 1000)
+    files = {
+        write_png(tmp_path / "depth.png", depth): 1.0,
+        write_png(tmp_path / "nyu.png", nyu): 1.0,
+        write_png(tmp_path / "depth.tiff", depth.astype(np.float32)): 1.0,
+        write_png(tmp_path / "eighths.png", depth * 8): 0.125,
+        tmp_path / "metres.npy": 1000.0,
+    }
+    for path, unit_mm in files.items():
+        np.testing.assert_allclose(read_depth(path, millimetres._replace(unit_mm=unit_mm)), depth, atol=1e-3)
+    msra = DATASETS["MSRA"](path=indexed("MSRA"), dataset="test", test_only=True)
+    whole, part = read_depth(msra.frame_path(0), PRESETS["MSRA"]), msra.read(0)
+    assert whole.shape == (240, 320)
+    assert whole[part.top, part.left] == part.depth_mm[0, 0] and whole.sum() == part.depth_mm.sum()
+
+
+def test_a_frame_of_another_size_than_the_cameras_is_refused(tmp_path):
+    path = write_png(tmp_path / "small.png", np.full((240, 320), 500, np.uint16))
+    with pytest.raises(UserError, match="320x240 px, the camera 640x480"):
+        read_depth(path, PRESETS["D435"])
+
+
+def test_cameras_come_from_presets_numbers_and_files(tmp_path):
+    path = tmp_path / "camera.yml"
+    path.write_text("fx: 600\nfy: 601\nu0: 320\nv0: 240\ndepth_unit_mm: 0.25\nwidth: 640\nheight: 480\n")
+    assert parse_camera(path) == (Camera(600, 601, 320, 240), 0.25, (640, 480))
+    assert parse_camera("kinectv2") is PRESETS["KinectV2"]
+    path.write_text("fx: 600\n")
+    with pytest.raises(UserError, match="expected numbers fx, fy, u0 and v0"):
+        parse_camera(path)
+
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path):
+    for name in ("f10.png", "f9.png", "f1.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_frames(tmp_path)] == ["f1.png", "f9.png", "f10.png"]
+    with pytest.raises(UserError, match="cannot be read"):
+        list_frames(tmp_path / "notes.txt")
+
+
+def test_checked_depth_is_not_copied_where_it_is_millimetres():
+    depth = hand_frame()
+    depth.setflags(write=False)
+    assert check_depth(depth) is depth
+    assert Frame(depth).rect.right == 640

@@ -1,0 +1,115 @@
+"""Export, contact sheets and scores of marks."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import run_process
+from test_predict import hand_frame, save_network
+
+from runs import load_network
+from tools import export, score_marks, show
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_network(tmp_path_factory.mktemp("model") / "small.pt", dataset="HAND17")
+
+
+@pytest.fixture(scope="module")
+def crops(indexed):
+    dataset = export.DATASETS["HAND17"]
+    return export.make_crops(dataset, 32, 50, indexed("HAND17"))
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_an_exported_network_gives_the_same_joints(form, model, crops, tmp_path):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    network = export.Decoded(load_network(model, 21).eval())
+    inputs = tuple(torch.stack([crops[0][k], crops[1][k]]) for k in range(3))
+    path = tmp_path / f"small.{form}"
+    with torch.no_grad():
+        exported = export.export(network, inputs, path, form, dynamic=True)
+        camera = export.DATASETS["HAND17"].camera
+        for batch in (1, 3):
+            apart_mm, own_s, exported_s = export.compare(network, exported, crops, camera, batch)
+            assert apart_mm < 0.05 and own_s > 0 and exported_s > 0
+    assert path.stat().st_size > 10_000
+
+
+def test_export_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(UserError, match="pip install onnx onnxruntime onnxscript"):
+        export._import_onnxruntime()
+
+
+def test_the_export_tool_prints_difference_and_speed(model, indexed, tmp_path, capsys):
+    out = tmp_path / "small.pt2"
+    options = ["--format", "pt2", "--data_dir", indexed("HAND17"), "--batch", "2", "--out", out]
+    export.main(["--model", str(model), *map(str, options)])
+    printed = capsys.readouterr().out
+    assert "largest difference" in printed and "a batch of 2: PyTorch" in printed
+    with pytest.raises(UserError, match="--batch must be above 0"):
+        export.main(["--model", str(model), "--batch", "many"])
+
+
+def test_crops_are_rendered_where_there_is_no_data_set(workplace):
+    crops = export.make_crops(export.DATASETS["ICVL"], 32, 3)
+    assert len(crops) == 3 and all(crop.mask.any() for crop in crops)
+    assert not torch.equal(crops[0].img, crops[1].img)
+
+
+def test_a_sheet_shows_frames_beside_their_augmentations(indexed, tmp_path):
+    out = tmp_path / "sheet.png"
+    root = str(indexed("NYU"))
+    show.main(["--dataset", "NYU", "--data_dir", root, "--augment", "--count", "2", "--out", str(out)])
+    assert cv2.imread(str(out)).shape == (2 * show.TILE_PX, (1 + show.AUGMENTATIONS) * show.TILE_PX, 3)
+
+
+def test_predictions_are_shown_worst_first(indexed, tmp_path):
+    dataset = show.DATASETS["ICVL"](path=indexed("ICVL"), dataset="test")
+    joints_uvd = np.stack([dataset.joints_uvd(index) for index in range(len(dataset))])
+    joints_uvd[1, :, 2] += 20
+    errors_mm = show.measure(dataset, joints_uvd)
+    assert errors_mm[0] < 0.01 and errors_mm[1] > 19
+    assert show.choose(dataset, None, 24, errors_mm) == [1, 0]
+    path = tmp_path / "predictions.txt"
+    np.savetxt(path, joints_uvd.reshape(len(joints_uvd), -1), fmt="%.3f")
+    out = tmp_path / "sheet.png"
+    options = ["--data_dir", str(indexed("ICVL")), "--predictions", str(path), "--out", str(out)]
+    show.main(["--dataset", "ICVL", "--split", "test", *options])
+    assert cv2.imread(str(out)) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--index", "99"], "has frames 0 to"),
+        (["--augment", "--split", "test"], "--augment goes with"),
+        (["--count", "0"], "--count must be above 0"),
+        (["--predictions", "absent.txt"], "absent.txt not found"),
+    ],
+)
+def test_show_refuses_what_it_cannot_show(options, message, indexed):
+    with pytest.raises(UserError, match=message):
+        show.main(["--dataset", "NYU", "--data_dir", str(indexed("NYU")), *options])
+
+
+def test_marks_are_scored_in_millimetres(model, tmp_path, capsys):
+    marks = {"thumb": [250, 200, 500], "wrist": [320, 310, 500]}
+    camera = {"fx": 475, "fy": 475, "u0": 319.5, "v0": 239.5}
+    content = {"camera": camera, "hand": "right", "frames": {"a": marks, "absent": marks}}
+    (tmp_path / "marks.json").write_text(json.dumps(content))
+    cv2.imwrite(str(tmp_path / "a.png"), hand_frame())
+    options = ["--marks", str(tmp_path / "marks.json"), "--model", str(model), "--device", "cpu"]
+    assert score_marks.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "hand found in 1 of 2 frames, mean fingertip error" in printed and "missing" in printed
+    (tmp_path / "marks.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no marks"):
+        score_marks.read_marks(tmp_path / "marks.json")
