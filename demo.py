@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from annotations import build_index
+from annotations import build_cache, build_index
 from datasets import HAND17Dataset
 from engine import picture_of
 from evaluate import plot_errors, read_joints
@@ -26,10 +26,11 @@ DATA = Path("Data", "synthetic", "HAND17")
 PICTURES = Path("Result", "demo")
 FRAMES = {"train": 2000, "test": 200}
 COMMON = ["--dataset", "HAND17", "--data_dir", str(DATA), "--suffix", "demo", "--device", "cpu"]
-# A network of a hundredth of the published one's arithmetic, and a schedule to match.
+# A network with a hundredth of the published one's arithmetic, and a schedule to match.
 TRAINING = [
-    *("--features", "32", "--label_size", "32", "--level", "3", "--stages", "1"),
-    *("--epoch", "12", "--decay_epoch", "9", "--lr", "3e-3", "--seed", "1", "--resume", "auto"),
+    *("--features", "64", "--label_size", "16", "--level", "2", "--stages", "1", "--alpha", "0.5"),
+    *("--epoch", "16", "--decay_epoch", "7", "--lr_decay", "0.25", "--lr", "2e-3", "--batch_size", "8"),
+    *("--num_workers", "0", "--seed", "1", "--resume", "auto"),
 ]
 
 
@@ -50,6 +51,7 @@ def load_or_render():
         print(f"rendering {FRAMES['train']} training and {FRAMES['test']} test frames into {DATA}")
         write_dataset("HAND17", FRAMES, 1, DATA, os.cpu_count())
     build_index("HAND17", DATA)
+    build_cache("HAND17", DATA)
     return HAND17Dataset(path=DATA, dataset="train"), HAND17Dataset(path=DATA, dataset="test", test_only=True)
 
 
