@@ -1,8 +1,8 @@
 """Evaluate files of predicted hand joints as the community does: one table, one figure, one JSON file.
 
-    python evaluate.py --dataset NYU Result/NYU_default.txt
-    python evaluate.py --dataset NYU --labels labels.txt A.txt B.txt --plot errors.png --json errors.json
-    python evaluate.py --dataset MSRA --subject 3 Result/MSRA_default_subject3.txt
+python evaluate.py --dataset NYU Result/NYU_default.txt
+python evaluate.py --dataset NYU --labels labels.txt A.txt B.txt --plot errors.png --json errors.json
+python evaluate.py --dataset MSRA --subject 3 Result/MSRA_default_subject3.txt
 """
 
 import argparse

@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import run_process
 from test_predict import hand_frame, save_network
 
 from runs import load_network

@@ -50,6 +50,8 @@ def tiny_process(folder, *arguments, limit_bytes=None):
 
 def _train_in(folder, arguments, limit_bytes):
     os.chdir(folder)
+    # As in a process that a user starts; the server would hand on its own way.
+    multiprocessing.set_start_method("fork", force=True)
     if limit_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
