@@ -30,27 +30,26 @@ SQUARE = np.ones((3, 3), np.uint8)
 SAME_PLACE_MM = 30.0
 SURFACE_MM2 = (2000.0, 45000.0)
 
-# What makes a surface a hand: the weights of its _Shape, fitted (conditional logistic regression) on 595
+# What makes a surface a hand: the weights of its _Shape, fitted (conditional logistic regression) on 605
 # rendered frames of four sensors, a third of them with bars, tables and specks added. And what a place
 # loses for each mm that it lies behind the nearest.
-WEIGHTS = np.array([1.55, -0.27, -0.34, 2.45, 4.2, -9.5, -4.0])
-FARTHER_PER_MM = 0.0103
-LEAST_LIKENESS = -4.0
+WEIGHTS = np.array([1.6, -0.28, -0.33, 3.5, 4.55, -8.1, -3.7])
+FARTHER_PER_MM = 0.0105
+LEAST_LIKENESS = -1.5
 
 # What a place gains where the hand was in the frame before; nothing from this distance on.
 TRACK_BONUS, TRACK_MM = 3.0, 180.0
 
 
 class _Picture(NamedTuple):
-    """A coarse depth picture: points xyz [3, h, w] mm, which of them lie inside a surface and which hold nothing, radius of the
-    largest disc around each that stays on its surface (mm), focal length (px) and step (px of the frame)."""
+    """A coarse depth picture: points xyz [3, h, w] mm, which pixels lie inside a surface and which hold
+    nothing, radius (mm) of the largest disc around each that stays on its surface, focal length (px)."""
 
     xyz: np.ndarray
     inside: np.ndarray
     empty: np.ndarray
     radius_mm: np.ndarray
     focal_px: float
-    step: int
 
 
 class _Shape(NamedTuple):
@@ -118,7 +117,7 @@ def _coarse(frame, camera):
     inside = (depth > 0) & (depth - nearest < JUMP_MM)
     focal_px = (camera.fx * camera.fy) ** 0.5 / step
     radius_mm = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 3) * depth / focal_px
-    return _Picture(xyz, inside, depth == 0, radius_mm, focal_px, step)
+    return _Picture(xyz, inside, depth == 0, radius_mm, focal_px)
 
 
 def _places(picture):
