@@ -38,7 +38,7 @@ FARTHER_PER_MM = 0.0105
 LEAST_LIKENESS = -1.5
 
 # What a place gains where the hand was in the frame before; nothing from this distance on.
-TRACK_BONUS, TRACK_MM = 5.0, 180.0
+TRACK_BONUS, TRACK_MM = 3.0, 180.0
 
 
 class _Picture(NamedTuple):

@@ -238,7 +238,8 @@ def _middle(crop, uvd):
     hand = apart_mm < HAND_AROUND_BONES_MM
     if hand.sum() < LEAST_SHARE * len(surface) or not hand.any():
         return crop.com.numpy().astype(np.float64)
-    return recover_uvd(surface[hand].mean(0), float(crop.box_size), cube_mm, crop.com.numpy())
+    middle = surface[hand].mean(0, keepdims=True)
+    return recover_uvd(middle, float(crop.box_size), cube_mm, crop.com.numpy())[0]
 
 
 def load_model(path, joints):

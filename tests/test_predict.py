@@ -14,7 +14,7 @@ from cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
 from checkpoints import save_checkpoint
 from datasets import DATASETS, prepare_crop
 from model import PixelwiseRegression
-from predict import HandPoseEstimator
+from predict import HandPoseEstimator, _middle
 from transforms import Camera, Frame
 from utils import UserError
 
@@ -255,3 +255,12 @@ def test_checked_depth_is_not_copied_where_it_is_millimetres():
     depth.setflags(write=False)
     assert check_depth(depth) is depth
     assert Frame(depth).rect.right == 640
+
+
+def test_second_crop_goes_around_the_surface_near_the_first_prediction():
+    depth_mm = np.zeros((240, 320), np.uint16)
+    depth_mm[100:140, 150:190] = 400
+    camera = parse_camera("MSRA").camera
+    crop = prepare_crop(Frame(depth_mm), np.array([160, 115, 400]), 125, camera)
+    middle = _middle(crop, np.array([[0.07, 0.03, 0.0]]))
+    np.testing.assert_allclose(middle, (169.5, 119.5, 400), atol=2)
