@@ -1,5 +1,9 @@
-"""Several processes, joined by gloo on the CPU, train as one does with the same global batch."""
+"""Several processes, joined by gloo on the CPU, train as one does with the same global batch.
 
+`torchrun --nproc_per_node N tests/test_distributed.py` prints the losses of twenty steps.
+"""
+
+import json
 import os
 import signal
 import subprocess
@@ -8,6 +12,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import pytest
 import torch
 from conftest import REPO, hidden_files
@@ -15,8 +23,12 @@ from training import RUN, TINY, records, repeat_lines, train_tiny
 
 import distributed
 from checkpoints import load_checkpoint
-from loading import EpochSampler, PartSampler
-from runstate import STATE_KEYS
+from datasets import DATASETS
+from engine import train_step
+from loading import EpochSampler, PartSampler, batches_of, make_loader
+from model import PixelwiseRegression
+from options import parse_train
+from runstate import STATE_KEYS, RunState
 from utils import UserError
 
 LAST = Path("Model", f"{RUN}_last.pt")
@@ -27,14 +39,13 @@ TORCHRUN = [
     "--standalone",
     "--nproc_per_node",
     "2",
-    REPO / "train.py",
-    *TINY,
 ]
+TRAIN = [*TORCHRUN, REPO / "train.py", *TINY]
 
 
 def torchrun(*arguments, cwd="."):
-    """Train in two processes; return what they printed."""
-    command = [*TORCHRUN, *map(str, arguments)]
+    """Train in two processes; return their exit status and what they printed."""
+    command = [*TRAIN, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
 
@@ -108,8 +119,40 @@ def test_batch_that_cannot_be_shared_is_refused(monkeypatch):
 # Two processes
 
 
+def losses_in_double_precision():
+    """Return the losses of twenty steps of Adam, without the noise of rounding."""
+    args = parse_train("", [*TINY, "--batch_size", "6"])
+    args.gpu_id = distributed.start("cpu", 0)
+    torch.manual_seed(args.seed)
+    frames = DATASETS["ICVL"](label_size=16, image_size=32, targets=False)
+    network = PixelwiseRegression(
+        frames.joint_number, stage=1, label_size=16, features=32, level=0, norm_method="instance"
+    ).double()
+    state, losses = RunState(args, network, (frames,)), []
+    own_batch = args.batch_size // distributed.world_size()
+    sampler = EpochSampler(np.arange(120), args.batch_size, args.seed)
+    for batch in batches_of(make_loader(frames, sampler, args, torch.device("cpu"), own_batch)):
+        samples = type(batch.samples)(*(field.double() for field in batch.samples))
+        losses.append(train_step(state.parallel, state.optimizer, samples, args, own_batch)[0].item())
+    main = distributed.is_main()
+    distributed.stop()
+    return losses if main else None
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("optimiser, rate", [("sgd", 1e-3), ("adam", 1e-6)])
+def test_two_processes_take_the_same_steps_as_one(data):
+    """In double precision Adam's divisions do not make rounding visible: only a mistake would be."""
+    repeat_lines(data / "train.txt", 120)
+    one = losses_in_double_precision()
+    done = subprocess.run([*TORCHRUN, __file__], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    assert len(one) == len(two) == 20 and np.ptp(one) > 0.1
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimiser, rate", [("sgd", 1e-4), ("adam", 1e-6)])
 def test_two_processes_train_as_one(optimiser, rate, data, tmp_path):
     """Twenty steps, each an epoch with a validation, so that every loss and error is on record.
 
@@ -177,7 +220,7 @@ def test_process_without_a_usable_frame_takes_part_in_the_step(data, tmp_path):
 def test_sigterm_stops_all_processes_in_the_same_step(data, tmp_path):
     repeat_lines(data / "train.txt", 400)
     options = ["--batch_size", "2", "--epoch", "1", "--save_minutes", "0"]
-    process = subprocess.Popen([*TORCHRUN, *options], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*TRAIN, *options], stderr=subprocess.PIPE, text=True)
     while not LAST.is_file():
         assert process.poll() is None
         time.sleep(0.05)
@@ -196,3 +239,8 @@ def test_sigterm_stops_all_processes_in_the_same_step(data, tmp_path):
 def test_batch_norm_needs_gpus_to_be_synchronised(data):
     status, _, err = torchrun("--norm_method", "batch")
     assert status != 0 and "error: batch norm is synchronised between GPUs only" in err
+
+
+if __name__ == "__main__":
+    if losses := losses_in_double_precision():
+        print(json.dumps(losses))

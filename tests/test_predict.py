@@ -259,8 +259,8 @@ def test_checked_depth_is_not_copied_where_it_is_millimetres():
 
 def test_second_crop_goes_around_the_surface_near_the_first_prediction():
     depth_mm = np.zeros((240, 320), np.uint16)
-    depth_mm[100:140, 150:190] = 400
+    depth_mm[100:140, 150:190] = 410
     camera = parse_camera("MSRA").camera
     crop = prepare_crop(Frame(depth_mm), np.array([160, 115, 400]), 125, camera)
-    middle = _middle(crop, np.array([[0.07, 0.03, 0.0]]))
-    np.testing.assert_allclose(middle, (169.5, 119.5, 400), atol=2)
+    middle = _middle(crop, np.array([[0.07, 0.03, 0.08]]))
+    np.testing.assert_allclose(middle, (169.5, 119.5, 410), atol=2)
