@@ -246,7 +246,7 @@ def load_model(path, joints):
     """Return the network of a checkpoint and the name of the data set whose joints it predicts."""
     if path == DEFAULT_MODEL and not path.is_file():
         raise UserError(
-            f"{path} not found: run `python demo.py` and give --model Model/HAND17_demo_final.pt, or another checkpoint"
+            f"{path} not found: run `python demo.py`, then give --model Model/HAND17_demo_final.pt"
         )
     checkpoint = load_checkpoint(path)
     weights = checkpoint["state_dict"]
