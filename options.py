@@ -114,7 +114,7 @@ def _add_data(parser, subject):
     else:
         group.add_argument("--dataset", choices=[name for name in DATASETS if name != "MSRA"], default="NYU")
     group.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
-    group.add_argument("--batch_size", type=int, default=32)
+    group.add_argument("--batch_size", type=int, default=32, help="frames a step, of all processes together")
     group.add_argument(
         "--num_workers", type=int, default=os.cpu_count(), help="loading processes (default: all cores)"
     )

@@ -152,13 +152,13 @@ def test_two_processes_take_the_same_steps_as_one(data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimiser, rate", [("sgd", 1e-4), ("adam", 1e-6)])
-def test_two_processes_train_as_one(optimiser, rate, data, tmp_path):
+def test_two_processes_train_as_one(data, tmp_path):
     """Twenty steps, each an epoch with a validation, so that every loss and error is on record.
 
-    Adam divides gradients by their size, and so makes differences of rounding as large as the rate.
+    Adam divides gradients by their size, and so makes differences of rounding as large as the rate,
+    which is small here; the test above is for large steps.
     """
-    options = ["--batch_size", 8, "--epoch", 20, "--opt", optimiser, "--lr", rate]
+    options = ["--batch_size", 8, "--epoch", 20, "--lr", 1e-6]
     other = tmp_path / "two"
     other.mkdir()
     (other / "Data").symlink_to(tmp_path / "Data")
