@@ -293,6 +293,11 @@ def parse(argv=None):
         "--bbox", metavar="L,T,W,H", help="the box that holds it: left, top, width, height, px"
     )
     group.add_argument("--hand", choices=("right", "left"), default="right")
+    _add_output(parser)
+    return parser.parse_args(argv)
+
+
+def _add_output(parser):
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out", type=Path, default=Path("Result/predict"), help="folder (default: %(default)s)"
@@ -304,7 +309,6 @@ def parse(argv=None):
         default="mp4",
         help="film of a sequence (gif: 100 frames of it)",
     )
-    return parser.parse_args(argv)
 
 
 def main(argv=None):
