@@ -19,72 +19,10 @@ def parse_train(description, argv=None, subject=False):
     """
     parser = argparse.ArgumentParser(description=description)
     _add_data(parser, subject)
-    group = parser.add_argument_group("data")
-    group.add_argument("--kernel_size", type=int, default=7, help="width of the heatmaps' blur, px")
-    group.add_argument("--sigmoid", type=float, default=1.5, help="sigma of the heatmaps' blur, px")
-    for part, default in (("rotation", 1), ("scale", 1), ("shift", 1), ("flip", 0)):
-        group.add_argument(
-            f"--using_{part}", type=int, choices=(0, 1), default=default, help=f"augment by {part}"
-        )
-    group.add_argument(
-        "--holdout",
-        type=float,
-        default=0.0,
-        help="validate on this last share of train instead of val (which is test data in NYU, ICVL, MSRA)",
-    )
-    group = parser.add_argument_group("network")
-    group.add_argument(
-        "--label_size", type=int, default=64, help="edge of the heatmaps, px; the crop is twice that"
-    )
-    group.add_argument("--stages", type=int, default=2, help="stacked prediction stages")
-    group.add_argument("--features", type=int, default=128, help="width of the features")
-    group.add_argument("--level", type=int, default=4, help="depth of the hourglass")
-    group.add_argument("--filter_size", type=int, default=3, help="kernel of stem and regressions, px")
-    group.add_argument("--norm_method", choices=("instance", "batch"), default="instance")
-    group.add_argument("--heatmap_method", choices=("softmax", "sum"), default="softmax")
-    group = parser.add_argument_group("training")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation; 0 draws one")
-    group.add_argument("--epoch", type=int, default=50, help="epochs to train")
-    group.add_argument("--opt", choices=("adam", "sgd"), default="adam", help="AdamW or SGD")
-    group.add_argument("--lr", type=float, default=1e-3, help="learning rate")
-    group.add_argument("--lr_decay", type=float, default=0.2, help="factor on lr every --decay_epoch epochs")
-    group.add_argument("--decay_epoch", type=int, default=15, help="epochs between two decays")
-    group.add_argument("--beta1", type=float, default=0.9, help="AdamW's beta 1, SGD's momentum")
-    group.add_argument("--beta2", type=float, default=0.999, help="AdamW's beta 2")
-    group.add_argument("--weight_decay", type=float, default=0.0)
-    group.add_argument("--alpha", type=float, default=1.0, help="1 regression, 0 detection, between mixed")
-    group.add_argument("--lambda_h", type=float, default=1.0, help="weight of the heatmaps' loss")
-    group.add_argument("--lambda_d", type=float, default=0.01, help="weight of the depth maps' loss")
-    group.add_argument(
-        "--mixed_precision",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="bfloat16 autocast; the decoder stays float32",
-    )
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="compile the network (minutes once, then faster)",
-    )
-    group = parser.add_argument_group("stopping and going on")
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const="always",
-        choices=("always", "auto"),
-        help="go on from Model/<run>_last.pt; auto: where it exists",
-    )
-    group.add_argument("--save_minutes", type=float, default=10.0, help="save the state that often, minutes")
-    group.add_argument(
-        "--skip_bad",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="count frames that cannot be read and go on",
-    )
-    group.add_argument(
-        "--max_bad_steps", type=int, default=10, help="end after more non-finite steps in a row"
-    )
+    _add_samples(parser)
+    _add_network(parser)
+    _add_training(parser)
+    _add_stopping(parser)
     args = _parse(parser, argv)
     _check_ranges(args)
     return args
@@ -120,6 +58,77 @@ def _add_data(parser, subject):
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--gpu_id", type=int, default=0, help="which GPU")
+
+
+def _add_samples(parser):
+    group = parser.add_argument_group("data")
+    group.add_argument("--kernel_size", type=int, default=7, help="width of the heatmaps' blur, px")
+    group.add_argument("--sigmoid", type=float, default=1.5, help="sigma of the heatmaps' blur, px")
+    for part, default in (("rotation", 1), ("scale", 1), ("shift", 1), ("flip", 0)):
+        group.add_argument(
+            f"--using_{part}", type=int, choices=(0, 1), default=default, help=f"augment by {part}"
+        )
+    group.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        help="validate on this last share of train instead of val (which is test data in NYU, ICVL, MSRA)",
+    )
+
+
+def _add_network(parser):
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--label_size", type=int, default=64, help="edge of the heatmaps, px; the crop is twice that"
+    )
+    group.add_argument("--stages", type=int, default=2, help="stacked prediction stages")
+    group.add_argument("--features", type=int, default=128, help="width of the features")
+    group.add_argument("--level", type=int, default=4, help="depth of the hourglass")
+    group.add_argument("--filter_size", type=int, default=3, help="kernel of stem and regressions, px")
+    group.add_argument(
+        "--norm_method", choices=("instance", "batch"), default="instance", help="kind of norm"
+    )
+    group.add_argument(
+        "--heatmap_method", choices=("softmax", "sum"), default="softmax", help="logits to heatmap"
+    )
+
+
+def _add_training(parser):
+    group = parser.add_argument_group("training")
+    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation; 0 draws one")
+    group.add_argument("--epoch", type=int, default=50, help="epochs to train")
+    group.add_argument("--opt", choices=("adam", "sgd"), default="adam", help="AdamW or SGD")
+    group.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    group.add_argument("--lr_decay", type=float, default=0.2, help="factor on lr every --decay_epoch epochs")
+    group.add_argument("--decay_epoch", type=int, default=15, help="epochs between two decays")
+    group.add_argument("--beta1", type=float, default=0.9, help="AdamW's beta 1, SGD's momentum")
+    group.add_argument("--beta2", type=float, default=0.999, help="AdamW's beta 2")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="on all weights")
+    group.add_argument("--alpha", type=float, default=1.0, help="1 regression, 0 detection, between mixed")
+    group.add_argument("--lambda_h", type=float, default=1.0, help="weight of the heatmaps' loss")
+    group.add_argument("--lambda_d", type=float, default=0.01, help="weight of the depth maps' loss")
+    _add_switch(group, "--mixed_precision", "bfloat16 autocast; the decoder stays float32")
+    _add_switch(group, "--compile", "compile the network (minutes once, then faster)")
+
+
+def _add_stopping(parser):
+    group = parser.add_argument_group("stopping and going on")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="always",
+        choices=("always", "auto"),
+        help="go on from Model/<run>_last.pt; auto: where it exists",
+    )
+    group.add_argument("--save_minutes", type=float, default=10.0, help="save the state that often, minutes")
+    _add_switch(group, "--skip_bad", "count frames that cannot be read and go on")
+    group.add_argument(
+        "--max_bad_steps", type=int, default=10, help="end after more non-finite steps in a row"
+    )
+
+
+def _add_switch(group, name, text):
+    group.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=text)
 
 
 def _subject(text):
