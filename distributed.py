@@ -1,5 +1,7 @@
 """One process or many: torchrun is detected, and everything here does nothing without it."""
 
+import atexit
+import gc
 import os
 from datetime import timedelta
 
@@ -16,6 +18,8 @@ def start(device_name, gpu_id):
     if on_gpu and local_rank < torch.cuda.device_count():
         # NCCL sends Python objects by way of the current GPU, which two processes must not share.
         torch.cuda.set_device(local_rank)
+    # What still holds the group must go while the interpreter runs: its threads abort if they outlive that.
+    atexit.register(gc.collect)
     # Validation of a large split on one rank may keep the others waiting.
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=60))
     return local_rank

@@ -227,7 +227,6 @@ def picture_of(network, dataset, index, device, args):
     return draw_comparison(samples.img[0, 0].cpu().numpy(), true, predicted, dataset.config)
 
 
-@torch.no_grad()
 def predict(network, dataset, args, device):
     """Return joints [N, J, 3] uvd (px, mm) of every frame of a data set, and the refused frames' errors.
 

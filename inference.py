@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from model import StageOutput
+from winograd import WinogradConv, is_worth_it
 
 # The answer may move by this much between two ways to compute it. uv spans two cubes of about 150 mm.
 TOLERANCE_MM = 0.05
@@ -37,36 +38,55 @@ def prepare(network, device, frames=0):
 
     The network is copied, not changed. On a CPU: channels_last throughout. On a GPU: bfloat16 too,
     once it has been seen on the first batch to move no coordinate by TOLERANCE_MM. Where `frames`,
-    the number still to come, repays it, batches of the first one's shape run compiled.
+    the number still to come, repays it, the network runs compiled.
     """
     network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).eval()
     if device.type == "cpu":
-        replace_instance_norms(network)
-    compiled = compile_for(network, device) if frames >= COMPILE_FRAMES[device.type] else network
+        replace(network, lambda module: isinstance(module, nn.InstanceNorm2d), PlainInstanceNorm)
     half = None if device.type == "cuda" and torch.cuda.is_bf16_supported() else False
-    shape = None
+    fastest = None
 
     @torch.no_grad()
     def forward(img, label_img, mask):
-        nonlocal half, shape
+        nonlocal half, fastest
         inputs = [x.to(memory_format=torch.channels_last) for x in (img, label_img, mask)]
         if half is None:
             exact, other = (run_at(network, inputs, dtype) for dtype in (None, torch.bfloat16))
             half = moved_mm(exact.uvd, other.uvd) < TOLERANCE_MM
             return exact
-        shape = shape or img.shape
-        return run_at(compiled if img.shape == shape else network, inputs, torch.bfloat16 if half else None)
+        if fastest is None:
+            repaid = frames >= COMPILE_FRAMES[device.type]
+            fastest = compile_for(network, device, img.shape) if repaid else network
+        return run_at(fastest, inputs, torch.bfloat16 if half else None)
 
     return forward
 
 
-def compile_for(network, device):
-    """Return the network compiled, or as it is where the machine has no C++ compiler."""
+def compile_for(network, device, shape):
+    """Return a function that runs the network compiled where that is possible, else as it is.
+
+    On a CPU a network with wide convolutions takes frames one by one, so that what WinogradConv keeps stays
+    in the processor's cache; else batches of the `shape` given run compiled. Without a C++ compiler none do.
+    """
     if device.type == "cpu":
         if not shutil.which(os.environ.get("CXX", "g++")):
             return network
-        return torch.compile(network, options={"freezing": True})
-    return torch.compile(network)
+        if replace(network, is_worth_it, WinogradConv):
+            return one_by_one(torch.compile(network, dynamic=False, options={"freezing": True}))
+        compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+    else:
+        compiled = torch.compile(network, dynamic=False)
+    return lambda *inputs: (compiled if inputs[0].shape == shape else network)(*inputs)
+
+
+def one_by_one(network):
+    """Return a function that runs the network on each frame of a batch; it gives the last stage alone."""
+
+    def forward(*inputs):
+        outputs = [network(*frame)[-1] for frame in zip(*(x.split(1) for x in inputs))]
+        return [StageOutput(*(torch.cat(parts) for parts in zip(*outputs)))]
+
+    return forward
 
 
 def run_at(network, inputs, dtype):
@@ -81,10 +101,13 @@ def moved_mm(uvd, other):
     return float(((uvd - other).abs() * uvd.new_tensor([2, 2, 1]) * CUBE_MM).max())
 
 
-def replace_instance_norms(module):
-    """Put PlainInstanceNorm in the place of every InstanceNorm2d below a module."""
+def replace(module, is_meant, make):
+    """Put make(child) in the place of every child below a module that is meant; return how many were."""
+    count = 0
     for name, child in module.named_children():
-        if isinstance(child, nn.InstanceNorm2d):
-            setattr(module, name, PlainInstanceNorm(child))
+        if is_meant(child):
+            setattr(module, name, make(child))
+            count += 1
         else:
-            replace_instance_norms(child)
+            count += replace(child, is_meant, make)
+    return count

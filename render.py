@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 TILE_PX = 8  # a primitive is met with the rays of the tiles of this size that its projection's box touches
+PIECE = 2048  # so many tiles at a time stay in a processor's cache
 NEAR_MM = 20.0  # nothing nearer than this is rendered
 
 
@@ -69,19 +70,51 @@ def render_depth(surface: Surface, intrinsics: Tensor, size_px: tuple) -> Tensor
     intrinsics: fx, fy, u0, v0 as [4] or [B, 4]; size_px: (width, height). Primitives nearer than NEAR_MM are
     left out.
     """
+    width, height = size_px
+    picture = surface.spheres.new_full((len(surface.spheres) * height * width,), math.inf)
+    pixels, depth_mm = render_pixels(surface, intrinsics, size_px)
+    picture[pixels] = depth_mm
+    return picture.reshape(-1, height, width)
+
+
+def render_pixels(surface: Surface, intrinsics: Tensor, size_px: tuple) -> tuple[Tensor, Tensor]:
+    """Return what `render_depth` does for the pixels near the surface alone: [N] indices and [N] depths.
+
+    Indices are those of a flattened [B, height, width] picture, each at most once.
+    """
     intrinsics = intrinsics.to(surface.spheres).expand(len(surface.spheres), 4)
-    tiles = [-(-size // TILE_PX) for size in size_px]
-    picture = intrinsics.new_full((len(intrinsics) * tiles[0] * tiles[1], TILE_PX**2), math.inf)
+    counts = [-(-size // TILE_PX) for size in size_px]
     corners = torch.nn.functional.pad(surface.triangles.unflatten(-1, (3, 3)), (0, 1))
+    casts = []
     for shapes, points, depth_of in (
         (surface.spheres, surface.spheres[:, :, None], _sphere_depth),
         (surface.cones, surface.cones.unflatten(-1, (2, 4)), _cone_depth),
         (surface.triangles, corners, _triangle_depth),
     ):
         if shapes.shape[1]:
-            _cast(picture, tiles, intrinsics, shapes.flatten(0, 1), _discs(points, intrinsics), depth_of)
-    picture = picture.reshape(-1, tiles[1], tiles[0], TILE_PX, TILE_PX).transpose(2, 3)
-    return picture.reshape(-1, tiles[1] * TILE_PX, tiles[0] * TILE_PX)[:, : size_px[1], : size_px[0]]
+            shape, tile = _tiles_of(_discs(points, intrinsics).flatten(0, 1), counts)
+            tile += shape // shapes.shape[1] * (counts[0] * counts[1])
+            casts.append((depth_of, shapes.flatten(0, 1), shape, tile))
+    tiles, places = torch.unique(torch.cat([tile for *_, tile in casts]), return_inverse=True)
+    pixels, x, y, inside = _rays(tiles, counts, intrinsics, size_px)
+    depth_mm = torch.full_like(x, math.inf)
+    for (depth_of, shapes, shape, _), place in zip(casts, places.split([len(tile) for *_, tile in casts])):
+        for some, where in zip(shape.split(PIECE), place.split(PIECE)):
+            met_mm = depth_of(shapes[some], x[where], y[where])
+            depth_mm.scatter_reduce_(0, where[:, None].expand_as(met_mm), met_mm, "amin")
+    return pixels[inside], depth_mm[inside]
+
+
+def _rays(tiles: Tensor, counts: list, intrinsics: Tensor, size_px: tuple) -> tuple[Tensor, ...]:
+    """Return pixel indices, x and y of the rays (x, y, 1) [T, TILE_PX ** 2] of tiles [T], and which exist."""
+    width, height = size_px
+    frame, row, column = tiles // (counts[0] * counts[1]), tiles // counts[0] % counts[1], tiles % counts[0]
+    pixel = torch.arange(TILE_PX**2, device=tiles.device)
+    u = column[:, None] * TILE_PX + pixel % TILE_PX
+    v = row[:, None] * TILE_PX + pixel // TILE_PX
+    fx, fy, u0, v0 = intrinsics[frame, :, None].unbind(1)  # (T, 1) each
+    inside = (u < width) & (v < height)
+    return (frame[:, None] * height + v) * width + u, (u - u0) / fx, (v - v0) / fy, inside
 
 
 def _discs(points: Tensor, intrinsics: Tensor) -> Tensor:
@@ -99,9 +132,9 @@ def _discs(points: Tensor, intrinsics: Tensor) -> Tensor:
     return torch.cat((middle, (extent[..., :1] ** 2 + extent[..., 1:] ** 2 - short**2).sqrt()), -1)
 
 
-def _tiles_of(discs: Tensor, tiles: list) -> tuple[Tensor, Tensor, Tensor]:
-    """List the (shape, column, row) of all tiles that the hull of a shape's discs [S, N, 3] may touch."""
-    limits = discs.new_tensor(tiles)
+def _tiles_of(discs: Tensor, counts: list) -> tuple[Tensor, Tensor]:
+    """List the (shape, tile) of all tiles that the hull of a shape's discs [S, N, 3] may touch."""
+    limits = discs.new_tensor(counts)
     low, high = ((discs[..., :2] + side * discs[..., 2:]) / TILE_PX for side in (-1, 1))
     low, high = torch.nan_to_num(low.amin(1), nan=1e6), torch.nan_to_num(high.amax(1) + 1, nan=-1e6)
     left, top = torch.minimum(low.clamp(min=0).floor(), limits).long().unbind(-1)
@@ -117,30 +150,16 @@ def _tiles_of(discs: Tensor, tiles: list) -> tuple[Tensor, Tensor, Tensor]:
     side = 1.0
     if len(corners) == 3:
         side = torch.sign(_cross(corners[1] - corners[0], corners[2] - corners[0]))
-    for start, end in zip(
-        corners, corners[1:] + corners[:1]
-    ):  # both ways along a cone's axis, around a triangle
+    # Both ways along a cone's axis, around a triangle.
+    for start, end in zip(corners, corners[1:] + corners[:1]):
         edge = end - start
         kept &= side * _cross(edge, tile - start) >= -reach * edge.square().sum(-1).sqrt()
-    return shape[kept], column[kept], row[kept]
+    return shape[kept], (row * counts[0] + column)[kept]
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
     """Return the cross products [N] of plane vectors [N, 2]."""
     return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
-
-
-def _cast(picture: Tensor, tiles: list, intrinsics: Tensor, shapes: Tensor, discs: Tensor, depth_of) -> None:
-    """Lower the tiled picture [B * tiles, TILE_PX ** 2] to the depths of the shapes [B * P, K]."""
-    shape, column, row = _tiles_of(discs.flatten(0, 1), tiles)
-    frame = shape // discs.shape[1]
-    pixel = torch.arange(TILE_PX**2, device=shape.device)
-    fx, fy, u0, v0 = intrinsics[frame, :, None].unbind(1)  # (N, 1) each
-    x = (column[:, None] * TILE_PX + pixel % TILE_PX - u0) / fx  # (N, TILE_PX ** 2): the ray is (x, y, 1)
-    y = (row[:, None] * TILE_PX + pixel // TILE_PX - v0) / fy
-    depth_mm = depth_of(shapes[shape], x, y)
-    tile = (frame * tiles[1] + row) * tiles[0] + column
-    picture.scatter_reduce_(0, tile[:, None].expand_as(depth_mm), depth_mm, "amin")
 
 
 def _sphere_depth(spheres: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -154,9 +173,7 @@ def _sphere_depth(spheres: Tensor, x: Tensor, y: Tensor) -> Tensor:
     dd = x * x + y * y + 1
     pd = px * x + py * y
     inside = pd * pd - dd * (px * px + py * py - radius * radius)
-    return torch.where(
-        inside > 0, cz - (pd + inside.abs().sqrt()) / dd, math.inf
-    )  # sqrt is slow on negatives
+    return _where_met(cz - (pd + inside.abs().sqrt()) / dd, inside)  # sqrt is slow on negatives
 
 
 def _cone_depth(cones: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -177,7 +194,7 @@ def _cone_depth(cones: Tensor, x: Tensor, y: Tensor) -> Tensor:
     inside = k1 * k1 - k0 * k2
     t = (-k1 - inside.abs().sqrt()) / k2
     along = ep - ra * shrink + t * ed
-    return torch.where((inside > 0) & (along > 0) & (along < slant), az + t, math.inf)
+    return _where_met(az + t, torch.minimum(torch.minimum(along, slant - along), inside))
 
 
 def _triangle_depth(triangles: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -188,4 +205,9 @@ def _triangle_depth(triangles: Tensor, x: Tensor, y: Tensor) -> Tensor:
     facing, p, q = (n[:, :1] * x + n[:, 1:2] * y + n[:, 2:] for n in (normal, ca, ab))
     p, q = p / facing, q / facing  # barycentric weights of the second and the third corner
     depth_mm = (a * normal).sum(1, keepdim=True) / facing
-    return torch.where((p >= 0) & (q >= 0) & (p + q <= 1), depth_mm, math.inf)
+    return _where_met(depth_mm, torch.minimum(torch.minimum(p, q), 1 - p - q))
+
+
+def _where_met(depth_mm: Tensor, margin: Tensor) -> Tensor:
+    """Return depth_mm where margin is above 0, else inf; `torch.where` takes twice as long."""
+    return torch.nan_to_num(depth_mm, nan=NEAR_MM).clamp_(min=NEAR_MM) / (margin > 0)

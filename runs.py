@@ -68,7 +68,7 @@ def build_network(args, joints, device):
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     network = network.to(device, memory_format=torch.channels_last)
     if args.compile:
-        network.compile()
+        network.compile(dynamic=False)  # the one shape of training and the few of validation
     return network
 
 

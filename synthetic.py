@@ -32,7 +32,7 @@ from transforms import xyz2uvd
 from utils import UserError, run
 
 SPLITS = ("train", "test")
-CHUNK = 8  # frames that one task renders
+CHUNK = 25  # frames that one task renders
 FEWEST = {
     "NYU": (1, 1),
     "ICVL": (1, 2),
@@ -46,7 +46,7 @@ PNG_OPTIONS = [
     cv2.IMWRITE_PNG_STRATEGY,
     cv2.IMWRITE_PNG_STRATEGY_RLE,
     cv2.IMWRITE_PNG_FILTER,
-    cv2.IMWRITE_PNG_FILTER_SUB,
+    cv2.IMWRITE_PNG_FILTER_UP,
 ]
 MAT_HEADER = b"MATLAB 5.0 MAT-file, synthetic hands".ljust(116)  # scipy would write the time of day
 
@@ -91,21 +91,24 @@ def render_frames(layout: str, seed: int, split: str, numbers: range) -> list[Re
 
 def _measured(exact_mm: torch.Tensor, sensor: Sensor, noise: torch.Generator) -> torch.Tensor:
     """Measure the part of a picture [height, width] that holds anything; the rest stays missing."""
-    seen = exact_mm < sensor.far_mm
     measured = torch.full_like(exact_mm, sensor.missing_mm)
-    rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
-    if len(rows) == 0:
-        return measured
-    part = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
-    measured[part] = measure(exact_mm[part][None], sensor, sensor.camera.fx, noise)[0]
+    left, top, width, height = _bounding_rect((exact_mm < sensor.far_mm).numpy())
+    if width:
+        part = slice(top, top + height), slice(left, left + width)
+        measured[part] = measure(exact_mm[part][None], sensor, sensor.camera.fx, noise)[0]
     return measured
 
 
+def _bounding_rect(mask: np.ndarray) -> tuple:
+    """Return left, top, width and height of what is True in [H, W]; zeros where nothing is."""
+    return cv2.boundingRect(mask.view(np.uint8))
+
+
 def _rendered(depth_mm: np.ndarray, hand: np.ndarray, exact_mm: np.ndarray, joints: np.ndarray) -> Rendered:
-    rows, columns = (np.flatnonzero(hand.any(axis)) for axis in (1, 0))
-    if len(rows) == 0:  # hidden behind the arm
-        return Rendered(depth_mm, hand, joints, np.zeros(3), (0, 0, 0, 0))
-    left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    rect = left, top, width, height = _bounding_rect(hand)
+    if not width:  # hidden behind the arm
+        return Rendered(depth_mm, hand, joints, np.zeros(3), rect)
+    right, bottom = left + width, top + height
     inside = hand[top:bottom, left:right]
     v, u = np.nonzero(inside)
     center = np.array(
@@ -114,7 +117,7 @@ def _rendered(depth_mm: np.ndarray, hand: np.ndarray, exact_mm: np.ndarray, join
     measured = np.zeros_like(hand)
     near = np.abs(depth_mm[top:bottom, left:right] - exact_mm[top:bottom, left:right]) < 30
     measured[top:bottom, left:right] = inside & near
-    return Rendered(depth_mm, measured, joints, center, (left, top, right - left, bottom - top))
+    return Rendered(depth_mm, measured, joints, center, rect)
 
 
 def frame_path(layout: str, split: str, number: int) -> str:

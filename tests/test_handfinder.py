@@ -1,7 +1,6 @@
 """Finding the hand: rendered sequences, real frames, and what must not win over a hand."""
 
 import json
-import os
 
 import cv2
 import numpy as np
@@ -15,9 +14,6 @@ from scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
 from transforms import Camera, Frame, uvd2xyz
 
 CAMERA = Camera(241.42, 241.42, 160, 120)
-
-# The whole claim (99 % of 300 frames) takes minutes to render: HANDFINDER_FRAMES=300 checks it.
-SEQUENCE_FRAMES = int(os.environ.get("HANDFINDER_FRAMES", 30))
 
 
 def render_sequence(count, seed=0, poses=6, chunk=6):
@@ -55,7 +51,7 @@ def render_sequence(count, seed=0, poses=6, chunk=6):
 
 def test_a_moving_hand_is_found_in_a_rendered_sequence():
     near_uvd, off_mm = None, []
-    for depth_mm, middle_uvd, camera in render_sequence(SEQUENCE_FRAMES):
+    for depth_mm, middle_uvd, camera in render_sequence(300):
         near_uvd = find_center(Frame(depth_mm), camera, near_uvd)
         off_mm.append(np.linalg.norm(uvd2xyz(near_uvd, camera) - uvd2xyz(middle_uvd, camera)))
     print(f"{len(off_mm)} frames: mean {np.mean(off_mm):.1f} mm, worst {np.max(off_mm):.1f} mm")

@@ -44,10 +44,24 @@ def test_answers_are_told_apart_in_mm():
     assert moved_mm(uvd, uvd + torch.tensor([0, 0, 0.001])) == pytest.approx(0.15)
 
 
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+@needs_compiler
 def test_long_work_is_compiled_and_a_last_short_batch_is_not(network, monkeypatch):
     monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
     forward = prepare(network, torch.device("cpu"), frames=5)
     for batch in (2, 2, 1):
+        assert_same(network, forward, batch)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_wide_network_takes_frames_one_by_one(monkeypatch):
+    torch.manual_seed(3)
+    network = PixelwiseRegression(5, 1, 16, features=128, level=0, norm_method="instance").eval()
+    monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
+    forward = prepare(network, torch.device("cpu"), frames=5)
+    for batch in (2, 1):
         assert_same(network, forward, batch)

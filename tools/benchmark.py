@@ -28,10 +28,11 @@ import synthetic
 from annotations import build_cache, build_index, sources
 from checkpoints import resolve_device
 from datasets import DATASETS, Sample
-from engine import prepare, train_step
+from engine import train_step
 from frames import read_bytes
+from inference import COMPILE_FRAMES, moved_mm, prepare
 from loading import EpochSampler, batches_of, make_loader
-from model import spatial_form
+from model import losses, spatial_form
 from options import parse_train
 from runs import build_network
 from runstate import build_optimizer
@@ -187,22 +188,46 @@ def counted_flops(function):
     return counter.get_total_flops()
 
 
-def training_rows(device, batch_sizes, modes, repeats):
-    """Yield Rows of one training step by precision, mode and batch size."""
-    for precision, (words, dtype) in CASES.items():
+def training_rows(device, batch_sizes, precisions, modes, repeats):
+    """Yield Rows of one training step by precision, batch size and mode, beside a plain float32 step."""
+    for precision in precisions:
+        words, dtype = CASES[precision]
         limit, spread = limit_flops(device, dtype, repeats)
         product = f"matrix product, {precision}"
         yield Row(product, limit / 1e9, "GFLOP/s", spread / 1e9, "the arithmetic limit")
         for size in batch_sizes:
-            flops = None
-            for mode in modes:
-                step = training_step(device, size, words + MODES[mode])
-                if flops is None:
-                    flops = counted_flops(step)
-                _reset_peak(device)
-                (timing,) = timed([step], device, repeats)
-                share = f"{flops / timing.median / limit:.0%} of the limit, {peak_memory(device)}"
-                yield timing.row(f"training {precision} {mode}, batch {size}", "samples/s", size, share)
+            plain = plain_step(device, size)
+            flops = counted_flops(plain)
+            steps = [training_step(device, size, words + MODES[mode]) for mode in modes]
+            base, *timings = timed([plain, *steps], device, repeats)
+            if precision == "float32":
+                yield base.row(f"training plain, batch {size}", "samples/s", size)
+            for mode, step, timing in zip(modes, steps, timings):
+                share = f"{flops / timing.median / limit:.0%} of the limit, {peak_memory(device, step)}"
+                times = f"{base.median / timing.median:.2f} x the plain step, "
+                yield timing.row(
+                    f"training {precision} {mode}, batch {size}", "samples/s", size, times + share
+                )
+
+
+def plain_network(device):
+    """Return the default network as PyTorch makes it: contiguous float32, nothing compiled."""
+    return build_network(parse_train("", []), JOINTS, device).to(memory_format=torch.contiguous_format)
+
+
+def plain_step(device, batch_size):
+    """Return a function that takes a step of the plain network with an optimiser that fuses nothing."""
+    network = plain_network(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), foreach=False, fused=False)
+    batch = random_batch(batch_size, device)
+
+    def step():
+        optimizer.zero_grad()
+        terms = losses(network(*batch[:3]), batch.uvd)
+        terms["coordinate"].backward()
+        optimizer.step()
+
+    return step
 
 
 def training_step(device, batch_size, words):
@@ -214,34 +239,39 @@ def training_step(device, batch_size, words):
     return lambda: train_step(network, optimizer, batch, args)
 
 
-@torch.inference_mode()
-def inference_rows(device, batch_sizes, repeats):
-    """Yield Rows of the latency of one frame and of the throughput at the best batch size."""
-    network = build_network(parse_train("", []), JOINTS, device).eval()
-    forward, (limit, _) = prepare(network, device), limit_flops(device, torch.float32, repeats)
-    _reset_peak(device)
+@torch.no_grad()
+def inference_rows(device, batch_sizes, modes, repeats):
+    """Yield Rows of the latency of one frame, plain and prepared, and of the best batch's throughput."""
+    network = plain_network(device).eval()
+    limit, _ = limit_flops(device, torch.float32, repeats)
     best = None
     for size in sorted({1, *batch_sizes}):
         inputs = random_batch(size, device)[:3]
-        work = lambda inputs=inputs: forward(*inputs)  # noqa: E731
-        (timing,) = timed([work], device, repeats)
+        counts = [COMPILE_FRAMES[device.type] if mode == "compiled" else 0 for mode in modes]
+        forwards = [network, *(prepare(network, device, count) for count in counts)]
+        works = [lambda forward=forward, inputs=inputs: forward(*inputs) for forward in forwards]
+        base, *timings = timed(works, device, repeats)
         if size == 1:
-            flops = counted_flops(lambda inputs=inputs: network(*inputs))
-            yield timing.row("inference, latency of one frame", "ms", remark=f"{flops / 1e9:.1f} GFLOP")
-        share = f"batch {size}, {flops * size / timing.median / limit:.0%} of the float32 limit"
-        row = timing.row("inference, best batch", "frames/s", size, f"{share}, {peak_memory(device)}")
-        best = row if best is None or row.value > best.value else best
+            flops, exact = counted_flops(works[0]), works[0]()[-1].uvd
+            yield base.row("inference plain, one frame", "ms", remark=f"{flops / 1e9:.1f} GFLOP")
+        for mode, work, timing in zip(modes, works[1:], timings):
+            if size == 1:
+                times = f"{base.median / timing.median:.2f} x as fast as plain"
+                moved = f"{times}, answers within {moved_mm(exact, work().uvd):.4f} mm"
+                yield timing.row(f"inference {mode}, one frame", "ms", remark=moved)
+            share = f"{mode}, batch {size}, {flops * size / timing.median / limit:.0%} of the float32 limit"
+            row = timing.row(
+                "inference, best batch", "frames/s", size, f"{share}, {peak_memory(device, work)}"
+            )
+            best = row if best is None or row.value > best.value else best
     yield best
 
 
-def _reset_peak(device):
+def peak_memory(device, work):
+    """Return in words the most memory held: on the GPU during a call of `work`, else by the process ever."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device):
-    """Return in words the most memory held: on the GPU since it was last reset, else by the process ever."""
-    if device.type == "cuda":
+        work()
         return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
     return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
 
@@ -259,8 +289,8 @@ def measure(args):
     if "network" in args.parts:
         batch_sizes = args.batch_sizes or ([32, 64, 128] if device.type == "cuda" else [8])
         yield target_row(device, args.repeats)
-        yield from training_rows(device, batch_sizes, args.modes, args.repeats)
-        yield from inference_rows(device, batch_sizes, args.repeats)
+        yield from training_rows(device, batch_sizes, args.precisions, args.modes, args.repeats)
+        yield from inference_rows(device, batch_sizes, args.modes, args.repeats)
 
 
 def format_rows(rows):
@@ -290,7 +320,10 @@ def parse(argv=None):
     parser.add_argument("--frames", type=int, default=FRAMES, help="training frames of a rendered data set")
     parser.add_argument("--repeats", type=int, default=20, help="measurements of a row, after two warm-ups")
     parser.add_argument("--parts", nargs="+", choices=("loading", "network"), default=["loading", "network"])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the training step")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=CASES, default=list(CASES), help="of the training step"
+    )
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of network")
     parser.add_argument("--batch_sizes", nargs="+", type=int, help="default: 32 64 128 on a GPU, else 8")
     return parser.parse_args(argv)
 
