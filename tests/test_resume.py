@@ -242,31 +242,42 @@ def test_same_seed_gives_the_same_result_file(place, script):
     assert results[0] == results[1]
 
 
-def _seconds(start):
-    return time.monotonic() - start
+def wait_for_saves(process, count):
+    """Wait until a run has written its state so many times more, or has ended."""
+
+    def version():
+        return LAST.stat().st_mtime_ns if LAST.is_file() else 0
+
+    for _ in range(count):
+        known = version()
+        while version() == known and process.is_alive():
+            time.sleep(0.001)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_twenty_moments_it_ends_the_same(workers, place, data, tmp_path_factory):
-    """Kill -9; the state is written after every step, so that many kills hit the writing."""
+    """Kill -9; the state is written after every step, so that many kills hit the writing.
+
+    A run lives until a random one of its first saves, and then up to a step longer.
+    """
     options = ["--num_workers", workers, "--epoch", 6, "--save_minutes", 0]
     whole = tmp_path_factory.mktemp("whole")
     (whole / "Data").symlink_to(data)
     start = time.monotonic()
     reference = tiny_process(whole, *options)
-    while not (whole / LAST).is_file():
-        assert reference.is_alive(), (whole / "output.txt").read_text()
-        time.sleep(0.01)
-    start_s = _seconds(start)
     reference.join()
-    work_s = _seconds(start) - start_s
+    life_s = time.monotonic() - start
     assert reference.exitcode == 0, (whole / "output.txt").read_text()
 
     rng, kills, resumed = random.Random(workers), 0, 0
     while kills < KILLS:
+        # What is left of a killed one's workers may still write to the file that it had.
+        Path("output.txt").unlink(missing_ok=True)
         process = tiny_process(place, *options, "--resume", "auto")
-        process.join(rng.uniform(0.3 * start_s, start_s + work_s / 8))
+        saves = rng.randrange(5)
+        wait_for_saves(process, saves)
+        process.join(rng.uniform(0, life_s / (50 if saves else 5)))
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -277,6 +288,7 @@ def test_killed_at_twenty_moments_it_ends_the_same(workers, place, data, tmp_pat
             assert process.exitcode == 0, Path("output.txt").read_text()
             assert_same_run(".", whole)
             shutil.rmtree("Model")
+    Path("output.txt").unlink(missing_ok=True)
     process = tiny_process(place, *options, "--resume", "auto")
     process.join()
     assert process.exitcode == 0, Path("output.txt").read_text()
@@ -295,8 +307,7 @@ def test_signal_to_the_whole_process_group_ends_a_script_in_order(number, place)
             assert process.poll() is None
             time.sleep(0.05)
         os.killpg(process.pid, number)
-        start = time.monotonic()
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and _seconds(start) < 10
+    assert process.returncode == 128 + number
     assert err.splitlines()[-1].startswith(f"stopped by {number.name} in epoch ")
     assert "--resume" in err and "Traceback" not in err and not hidden_files("Model")
