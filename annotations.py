@@ -323,7 +323,7 @@ def build_cache(name, root, force=False):
     """
     for file, group in _cache_sources(name, root).items():
         path, settings = root / file, group[0].cache_settings()
-        known = (frames.cache_key(index) for frames in group for index in range(len(frames)))
+        known = chain.from_iterable(frames.cache_frames(range(len(frames))) for frames in group)
         if path.is_file() and not force and open_cache(path, settings, known):
             print(f"{path} is in place; --force builds it again")
             continue

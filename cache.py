@@ -12,7 +12,9 @@ labels does not find it.
 
 A record holds the pixels inside the cube, which no augmentation moves, as uint16 where they are
 whole mm and else as float32. All is little-endian and aligned to be mapped into memory. The header
-is written last. Changed frames under an unchanged index are not noticed: build with --force.
+is written last. A record also holds its file's size and time of change, which are compared for a
+sample of the frames when a cache is opened: a data set that was replaced is noticed, one frame of a
+large one may not be.
 """
 
 import json
@@ -32,7 +34,7 @@ from frames import FrameError
 from transforms import Frame, hand_part
 from utils import UserError, atomic_path
 
-MAGIC, VERSION = b"HANDCROP", 1
+MAGIC, VERSION = b"HANDCROP", 2
 HEADER_BYTES = 4096
 PREAMBLE = struct.Struct("<8sII")
 DEPTH_TYPES = (np.dtype("<u2"), np.dtype("<f4"))
@@ -62,6 +64,7 @@ def record_type(joints):
             ("width", "<u2"),
             ("height", "<u2"),
             ("depth_type", "<u4"),  # index into DEPTH_TYPES
+            ("file_stamp", "<u8", 2),  # see file_stamp
             ("center_uvd", "<f8", 3),
             ("joints_uvd", "<f8", (joints, 3)),
         ]
@@ -81,6 +84,12 @@ def file_digest(paths):
     return digest.hexdigest()
 
 
+def file_stamp(path):
+    """Return a file's size in bytes and time of change in whole seconds, which archives keep."""
+    status = os.stat(path)
+    return status.st_size, int(status.st_mtime)
+
+
 def make_record(frames, index):
     """Return (key, record) of a HandDataset's frame; the record is empty where only the file will do."""
     key = frames.cache_key(index)
@@ -95,17 +104,17 @@ def make_record(frames, index):
         joints_uvd = np.nan if frames.test_only else frames.joints_uvd(index)
     except FrameError:
         joints_uvd = np.nan
-    return key, _pack(part, center_uvd, joints_uvd, frames.joint_number)
+    return key, _pack(part, file_stamp(frames.frame_path(index)), center_uvd, joints_uvd, frames.joint_number)
 
 
-def _pack(frame, center_uvd, joints_uvd, joints):
+def _pack(frame, stamp, center_uvd, joints_uvd, joints):
     depth = frame.depth_mm
     whole = depth.dtype == np.uint16 or depth.max() < 2**16 and (depth == np.floor(depth)).all()
     kind = 0 if whole else 1
     record = np.zeros((), record_type(joints))
     record["left"], record["top"], record["depth_type"] = frame.left, frame.top, kind
     record["height"], record["width"] = depth.shape
-    record["center_uvd"], record["joints_uvd"] = center_uvd, joints_uvd
+    record["file_stamp"], record["center_uvd"], record["joints_uvd"] = stamp, center_uvd, joints_uvd
     body = record.tobytes()[4:] + depth.astype(DEPTH_TYPES[kind]).tobytes()
     return struct.pack("<I", zlib.crc32(body)) + body
 
@@ -193,6 +202,17 @@ class CropCache:
         row = int(np.searchsorted(self._keys, np.uint64(key)))
         return row if row < len(self._keys) and self._keys[row] == key else None
 
+    def check(self, frames):
+        """Raise CacheError where one of (key, path) pairs is unknown, or its file is another than it was."""
+        for key, path in frames:
+            row = self._find(key)
+            if row is None:
+                raise CacheError("it was made for another index")
+            if self._sizes[row] and os.path.exists(path):
+                head = os.pread(self._file, self._type.itemsize, int(self._offsets[row]))
+                if tuple(np.frombuffer(head, self._type, 1)["file_stamp"][0].tolist()) != file_stamp(path):
+                    raise CacheError(f"{path} has changed since it was made")
+
     def read(self, key):
         """Return a Crop; None where the frame's file must be read instead.
 
@@ -216,21 +236,20 @@ class CropCache:
             notice(self.path, "a record is damaged; from here on frames are read from their files")
             return None
         record = np.frombuffer(data, self._type, 1)[0]
-        _, left, top, width, height, kind, center_uvd, joints_uvd = record
+        _, left, top, width, height, kind, _, center_uvd, joints_uvd = record
         depth = np.frombuffer(data, DEPTH_TYPES[kind], offset=self._type.itemsize)
         frame = Frame(depth.reshape(height, width), int(left), int(top))
         return Crop(frame, center_uvd, None if np.isnan(joints_uvd[0, 0]) else joints_uvd)
 
 
-def open_cache(path, settings, sample_keys=()):
+def open_cache(path, settings, frames=()):
     """Return the CropCache at `path`, or None after a notice where it cannot be used for this index.
 
-    `sample_keys` are some of the index's keys; a cache that lacks one was made for another index.
+    `frames` are (key, path) of some of the index's frames, which it has to know as they are.
     """
     try:
         cache = CropCache(path, settings)
-        if not all(key in cache for key in sample_keys):
-            raise CacheError("it was made for another index")
+        cache.check(frames)
     except CacheError as error:
         notice(path, f"{error}; frames are read from their files")
         return None

@@ -1,6 +1,7 @@
 """The four depth-hand data sets: loaders that crop around the hand centre."""
 
 import random
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +42,8 @@ MAX_OFF_HAND_MM = 75
 # A frame is judged on the published grid, so that its use does not depend on the network's size.
 USABLE_GRID = 64
 
-# So many lines of an index are looked up when its cache is opened.
-CHECKED_LINES = 64
+# So many frames, spread over an index, are compared with its cache when that is opened.
+CHECKED_FRAMES = 64
 
 # Far beyond any picture (px) or working distance (mm).
 MAX_CENTER = 1e5
@@ -256,6 +257,12 @@ class HandDataset(Dataset):
         path_text, numbers = self._fields(index)
         return line_key("/".join(path_text.split("/")[-self.path_parts :]) + numbers)
 
+    def cache_frames(self, indices):
+        """Yield (cache key, path) of those frames whose index line names a file."""
+        for index in indices:
+            with suppress(FrameError):
+                yield self.cache_key(index), self.frame_path(index)
+
     def cache_settings(self):
         """Return what a cache must have been made with to serve this split, as JSON holds it."""
         centers = [] if self.margin_mm is None else [file.path for file in self._center_files]
@@ -272,8 +279,8 @@ class HandDataset(Dataset):
         path = self.root / self.cache_name()
         if not path.is_file():
             return None
-        spread = np.linspace(0, len(self) - 1, min(len(self), CHECKED_LINES), dtype=int).tolist()
-        return open_cache(path, self.cache_settings(), [self.cache_key(i) for i in spread])
+        spread = np.linspace(0, len(self) - 1, min(len(self), CHECKED_FRAMES), dtype=int).tolist()
+        return open_cache(path, self.cache_settings(), self.cache_frames(spread))
 
     def locate(self, index):
         """Return a frame, its hand's centre (uvd) and the window (Rect or None) that is not zeroed."""

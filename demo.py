@@ -33,6 +33,7 @@ COMMON = ["--dataset", "HAND17", "--data_dir", str(DATA), "--suffix", "demo", "-
 TRAINING = [
     *("--features", "48", "--label_size", "16", "--level", "2", "--stages", "1", "--alpha", "0.5"),
     *("--epoch", "9", "--decay_epoch", "4", "--lr_decay", "0.3", "--lr", "3e-3", "--batch_size", "16"),
+    *("--kernel_size", "3", "--sigmoid", "0.5"),  # of maps of 16 px: 7 px would be half a hand
     *("--using_rotation", "0", "--using_scale", "0", "--using_shift", "0"),  # fresh frames are as cheap
     *("--num_workers", "0", "--seed", "1", "--resume", "auto"),
 ]

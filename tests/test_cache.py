@@ -2,10 +2,12 @@
 
 import errno
 import json
+import os
 import pickle
 import shutil
 import tracemalloc
 
+import cv2
 import numpy as np
 import pytest
 from conftest import ON_CPU, SMALL_NETWORK, expected, hidden_files
@@ -151,6 +153,23 @@ def test_a_stale_or_damaged_cache_is_not_used_and_said_once(cached, capfd, damag
             assert_same(frames.sample(index), plain.sample(index))
     notices = capfd.readouterr().err.splitlines()
     assert len(notices) == 1 and "train.cache" in notices[0] and "--cache --force" in notices[0]
+
+
+@pytest.mark.parametrize("change", ["other bytes", "later"])
+def test_frames_that_changed_since_are_read_from_their_files(cached, script, change, capfd):
+    root = cached("HAND17")
+    path = sorted((root / "training/images").glob("*.png"))[0]
+    if change == "other bytes":
+        status = path.stat()
+        assert cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) + np.uint16(1))
+        os.utime(path, (status.st_atime, status.st_mtime))
+    else:
+        os.utime(path, (0, 1))
+    assert DATASETS["HAND17"](path=root, dataset="train").cache is None
+    notice = capfd.readouterr().err
+    assert f"{path} has changed since" in notice and "--cache --force" in notice
+    assert script("check_dataset.py", "--dataset", "HAND17", "--cache").status == 0
+    assert DATASETS["HAND17"](path=root, dataset="train").cache is not None
 
 
 def test_other_settings_do_not_use_the_cache(cached, capfd):

@@ -1,0 +1,217 @@
+"""Train the network that tells hands from what is no hand (handfinder.Judge) on rendered frames.
+
+    python -m tools.train_handfinder
+    python -m tools.train_handfinder --frames 2000 --epochs 2 --out /tmp/handfinder.pt
+
+The defaults made Model/handfinder.pt. Frames of every sensor are rendered with an arm and mostly with a
+body, half of them with tables, bars, boxes and specks; of each the judge learns places like those that
+it will have to judge, and some around the hand.
+"""
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from checkpoints import save_checkpoint
+from hand import Noise, draw_hands, move_to
+from handfinder import REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
+from scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
+from transforms import Camera, Frame, uvd2xyz
+from utils import UserError, run
+
+PLACES, NEAR_PLACES = 12, 5  # of a frame: surfaces, and random places around the hand
+HAND_MM, NO_HAND_MM = 60.0, 85.0  # a place nearer to the middle than this is a hand, one farther is not
+OFFSET_MM = 150.0  # so far away the judge has to say where the middle is
+LEAST_SEEN = 0.35  # of a hand's surface, for a frame to be used
+SAME_DEPTH_MM = 30.0
+BATCH, TASK_FRAMES, RENDERED_AT_ONCE = 512, 200, 8
+
+
+def draw_frames(name, seed, count):
+    """Yield (depth [H, W] mm, middle of the hand's surface uvd, Camera) as the sensor `name` sees hands.
+
+    Pictures of 640 x 480 are rendered half as large. Hands that can hardly be seen are left out.
+    """
+    sensor, generator, rng = SENSORS[name], torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    shrink = sensor.size_px[0] // 320
+    camera = Camera(*(number / shrink for number in sensor.camera))
+    size_px = tuple(size // shrink for size in sensor.size_px)
+    for start in range(0, count, RENDERED_AT_ONCE):
+        scenes = draw_scenes(sensor, camera, size_px, generator, min(RENDERED_AT_ONCE, count - start))
+        exact_mm, hands = render_scene(scenes, torch.tensor(camera), size_px)
+        measured_mm = measure(exact_mm, sensor, camera.fx, generator)
+        for depth, exact, hand in zip(measured_mm.numpy(), exact_mm.numpy(), hands.numpy()):
+            if rng.random() < 0.5:
+                depth = add_clutter(depth, rng, camera)
+            seen = np.abs(depth[hand] - exact[hand]) < SAME_DEPTH_MM
+            if hand.any() and seen.mean() > LEAST_SEEN:
+                rows, columns = np.nonzero(hand)
+                yield depth, np.array([columns.mean(), rows.mean(), exact[hand].mean()]), camera
+
+
+def draw_scenes(sensor, camera, size_px, generator, count):
+    """Draw scenes with hands anywhere in the picture; half of them are seen from just any side."""
+    uniform = torch.rand(count, SCENE_COLUMNS, generator=generator).clamp(1e-6, 1 - 1e-6)
+    noise = Noise(uniform)
+    hands = draw_hands(noise, sensor.left)
+    rotation = torch.randn(count, 4, generator=generator)
+    rotation = rotation / rotation.norm(dim=1, keepdim=True)
+    from_anywhere = noise.uniform(1) < 0.5
+    hands = hands._replace(rotation=torch.where(from_anywhere, rotation, hands.rotation))
+    near, far = sensor.hand_mm
+    u, v, z = noise.uniform(3).unbind(1)
+    z = near + (far - near) * z
+    u, v = size_px[0] * (0.15 + 0.7 * u), size_px[1] * (0.15 + 0.7 * v)
+    places = torch.stack([(u - camera.u0) * z / camera.fx, (v - camera.v0) * z / camera.fy, z], 1)
+    return add_background(move_to(hands, places), noise, sensor._replace(body=max(sensor.body, 0.7)))
+
+
+def add_clutter(depth_mm, rng, camera):
+    """Return a frame [H, W] with a table, bars, discs, boxes or specks in it, each in a share of frames."""
+    height, width = depth_mm.shape
+    depth_mm = np.where(depth_mm == 0, np.float32(np.inf), depth_mm)
+    if rng.random() < 0.25:
+        top, far_mm = rng.integers(height // 2, height), rng.uniform(500, 1100)
+        near_mm = max(250, far_mm - rng.uniform(100, 500))
+        table = np.linspace(far_mm, near_mm, height - top)[:, None]
+        depth_mm[top:] = np.minimum(depth_mm[top:], table + rng.normal(0, 1.5, (height - top, width)))
+    rows, columns = np.mgrid[:height, :width]
+    for _ in range(rng.integers(4) * (rng.random() < 0.4)):
+        distance_mm = rng.uniform(300, 1000)
+        thing = draw_thing(rng, (height, width), camera.fx / distance_mm)
+        slope = rng.normal(0, 0.6, 2)
+        surface = distance_mm + slope[0] * (columns - width / 2) + slope[1] * (rows - height / 2)
+        depth_mm[thing] = np.minimum(depth_mm, np.maximum(surface, 250))[thing]
+    depth_mm[np.isinf(depth_mm)] = 0
+    for _ in range(rng.integers(30) * (rng.random() < 0.3)):
+        speck = rng.integers((0, 0), (width, height)).tolist()
+        cv2.circle(depth_mm, speck, int(rng.integers(3)), rng.uniform(200, 900), -1)
+    return depth_mm
+
+
+def draw_thing(rng, shape, px_per_mm):
+    """Return the mask [H, W] of a bar, an ellipse or a box somewhere in a picture."""
+    mask, size = np.zeros(shape, np.uint8), shape[::-1]
+    start, end = (rng.uniform((0, 0), size).astype(int).tolist() for _ in range(2))
+    angle = float(rng.uniform(0, 180))
+    kind = rng.integers(3)
+    if kind == 0:
+        cv2.line(mask, start, end, 1, max(1, int(rng.uniform(15, 90) * px_per_mm)))
+    elif kind == 1:
+        axes = (rng.uniform(20, 120, 2) * px_per_mm).astype(int).tolist()
+        cv2.ellipse(mask, start, axes, angle, 0, 360, 1, -1)
+    else:
+        edges = (rng.uniform(30, 250, 2) * px_per_mm).tolist()
+        cv2.fillPoly(mask, [cv2.boxPoints((start, edges, angle)).astype(int)], 1)
+    return mask > 0
+
+
+def collect(task):
+    """Return what the judge sees of a task's frames, int8 [N, 40, 40], and the way to the hand, [N, 3] mm."""
+    name, seed, count = task
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    rng, crops, ways_mm = np.random.default_rng(seed + 1), [], []
+    for depth_mm, middle_uvd, camera in draw_frames(name, seed, count):
+        picture, middle_xyz = coarse_picture(Frame(depth_mm), camera), uvd2xyz(middle_uvd, camera)
+        places = rng.permutation(candidates(picture))[:PLACES]
+        around = middle_xyz + rng.normal(0, 1, (NEAR_PLACES, 3)) * rng.uniform(5, 60, (NEAR_PLACES, 1))
+        places = np.concatenate([places, around])
+        crops.append(np.round(crops_around(picture, places) * 127).astype(np.int8))
+        ways_mm.append((middle_xyz - places).astype(np.float32))
+    return np.concatenate(crops), np.concatenate(ways_mm)
+
+
+def seed_of(*numbers):
+    """Return a seed that belongs to these numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def collect_all(frames, seed):
+    """Return what `collect` does of so many frames of every sensor, on all cores."""
+    tasks = [
+        (name, seed_of(seed, number, start), min(TASK_FRAMES, frames - start))
+        for start in range(0, frames, TASK_FRAMES)
+        for number, name in enumerate(SENSORS)
+    ]
+    # Forking a process whose torch has started threads may hang: start fresh ones.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        parts = list(tqdm(pool.map(collect, tasks), "render", len(tasks), unit="task"))
+    return tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
+
+
+def losses(network, crops, ways_mm):
+    """Return the loss of a batch, the share of right answers and the mean error of the middle, mm."""
+    logits, offsets = network(crops)
+    distance_mm = ways_mm.norm(dim=1)
+    is_hand = (distance_mm < HAND_MM).float()
+    clear = is_hand + (distance_mm > NO_HAND_MM).float()
+    told_apart = F.binary_cross_entropy_with_logits(logits, is_hand, clear)
+    near = (distance_mm < OFFSET_MM).float()
+    apart = F.smooth_l1_loss(offsets, ways_mm / REACH_MM, reduction="none", beta=0.05).sum(1)
+    right = ((logits > 0).float() == is_hand).float()
+    error_mm = (REACH_MM * offsets - ways_mm).norm(dim=1)
+    return (
+        told_apart + 2 * (apart * near).sum() / near.sum().clamp(min=1),
+        (right * clear).sum() / clear.sum(),
+        (error_mm * is_hand).sum() / is_hand.sum().clamp(min=1),
+    )
+
+
+def augmented(crops, ways_mm):
+    """Return a batch of int8 crops as the network takes them, with noise, holes and half of it mirrored."""
+    crops, ways_mm = crops[:, None].float() / 127, ways_mm.clone()
+    mirrored = torch.rand(len(crops)) < 0.5
+    crops[mirrored] = crops[mirrored].flip(3)
+    ways_mm[mirrored, 0] *= -1
+    crops = (crops + 0.02 * torch.randn_like(crops)).clamp(-1, 1)
+    crops[torch.rand_like(crops) < 0.01] = 1
+    return crops, ways_mm
+
+
+def fit(network, crops, ways_mm, epochs):
+    """Train the network on all but the last twentieth, of which errors are printed."""
+    kept = len(crops) * 19 // 20
+    steps = kept // BATCH
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * steps)
+    for epoch in range(epochs):
+        for chosen in tqdm(torch.randperm(kept)[: steps * BATCH].split(BATCH), "train", leave=False):
+            loss, *_ = losses(network, *augmented(crops[chosen], ways_mm[chosen]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        with torch.inference_mode():
+            loss, right, error_mm = losses(network, crops[kept:, None].float() / 127, ways_mm[kept:])
+        print(f"epoch {epoch + 1:>3}  val loss {loss:.4f}  right {right:.2%}  middle {error_mm:.1f} mm")
+
+
+def main(argv=None):
+    """Render, train and write as the command line says."""
+    parser = argparse.ArgumentParser(description="Train the network that finds hands on rendered frames.")
+    parser.add_argument("--frames", type=int, default=8000, help="of each sensor")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="file to write (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.frames < 100 or args.epochs < 1:
+        raise UserError("--frames must be 100 or more, --epochs 1 or more")
+    torch.manual_seed(args.seed)
+    network = Judge().to(memory_format=torch.channels_last)
+    fit(network, *collect_all(args.frames, args.seed), args.epochs)
+    save_checkpoint(args.out, {"state_dict": network.state_dict(), "frames": args.frames, "seed": args.seed})
+    print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
