@@ -17,9 +17,9 @@ import torch
 from cameras import PRESETS, check_depth, list_frames, parse_camera, parse_numbers, read_depth
 from checkpoints import load_checkpoint, resolve_device
 from datasets import DATASETS, UnlabelledSample, prepare_crop
-from engine import prepare
 from frames import FrameError
 from handfinder import find_center
+from inference import prepare
 from loading import to_device
 from model import grid_position
 from predictions import PredictionWriter
@@ -101,13 +101,22 @@ class HandPoseEstimator:
     what --camera takes (a stored unit other than mm is not applied: give mm). `joints` names the data
     set whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
     default to what the checkpoint was trained on. `hand` is right, or left: then frames are mirrored
-    for the network and joints mirrored back.
+    for the network and joints mirrored back. `frames` is how many are to come, if that is known: the
+    network is compiled for long work.
 
     Raises UserError where the model or camera is of no use.
     """
 
     def __init__(
-        self, model=None, camera="HAND17", *, joints=None, cube_mm=None, hand="right", device="auto"
+        self,
+        model=None,
+        camera="HAND17",
+        *,
+        joints=None,
+        cube_mm=None,
+        hand="right",
+        device="auto",
+        frames=0,
     ):
         if hand not in ("right", "left"):
             raise UserError(f"hand must be right or left, not {hand!r}")
@@ -117,7 +126,7 @@ class HandPoseEstimator:
         self.network, name = load_model(self.model, joints)
         self.dataset = DATASETS[name]
         self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
-        self._forward = prepare(self.network, self.device)
+        self._forward = prepare(self.network, self.device, frames)
 
     def __call__(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
         """Return the HandPose of one frame, depth [H, W] in mm.
@@ -326,6 +335,7 @@ def main(argv=None):
         "bbox": args.bbox and parse_numbers(args.bbox, 4, "--bbox"),
     }
     sequences = [list_frames(path) if path.is_dir() else [path] for path in args.input]
+    total = sum(map(len, sequences))
     estimator = HandPoseEstimator(
         args.model,
         depth_camera.camera,
@@ -333,8 +343,8 @@ def main(argv=None):
         cube_mm=args.cube,
         hand=args.hand,
         device=args.device,
+        frames=total,
     )
-    total = sum(map(len, sequences))
     with PredictionWriter(args.out, estimator, depth_camera, total, args.video, args.plot3d) as writer:
         good = predict_all(estimator, depth_camera, sequences, hint, writer)
     if good == total:

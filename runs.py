@@ -66,7 +66,10 @@ def build_network(args, joints, device):
                 "batch norm is synchronised between GPUs only: use --norm_method instance on CPUs"
             )
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    network = network.to(device, memory_format=torch.channels_last)
+    if device.type != "cpu" or args.compile:
+        # Not on a CPU otherwise: instance norm's copies cost more there than the convolutions gain.
+        network = network.to(memory_format=torch.channels_last)
+    network = network.to(device)
     if args.compile:
         network.compile(dynamic=False)  # the one shape of training and the few of validation
     return network

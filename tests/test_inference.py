@@ -44,6 +44,23 @@ def test_answers_are_told_apart_in_mm():
     assert moved_mm(uvd, uvd + torch.tensor([0, 0, 0.001])) == pytest.approx(0.15)
 
 
+def test_a_faster_way_that_moves_the_answer_is_not_taken(network, monkeypatch):
+    calls = []
+
+    def another(*inputs):
+        calls.append(inputs)
+        return [stage._replace(uvd=stage.uvd + 0.001) for stage in network(*inputs)]
+
+    monkeypatch.setattr(inference, "ways", lambda *_: [another])
+    forward = prepare(network, torch.device("cpu"))
+    for batch in (2, 2):
+        assert_same(network, forward, batch)
+    assert len(calls) == 1
+    loose = prepare(network, torch.device("cpu"), tolerance_mm=1)
+    assert_same(network, loose, 2)
+    assert moved_mm(loose(*inputs(2)).uvd, network(*inputs(2))[-1].uvd) == pytest.approx(0.3, abs=0.01)
+
+
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 
 
@@ -58,10 +75,11 @@ def test_long_work_is_compiled_and_a_last_short_batch_is_not(network, monkeypatc
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_wide_network_takes_frames_one_by_one(monkeypatch):
-    torch.manual_seed(3)
-    network = PixelwiseRegression(5, 1, 16, features=128, level=0, norm_method="instance").eval()
+def test_wide_networks_take_frames_one_by_one_and_are_not_mixed_up(monkeypatch):
     monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
-    forward = prepare(network, torch.device("cpu"), frames=5)
-    for batch in (2, 1):
-        assert_same(network, forward, batch)
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        network = PixelwiseRegression(5, 1, 16, features=128, level=0, norm_method="instance").eval()
+        forward = prepare(network, torch.device("cpu"), frames=5)
+        for batch in (2, 1, 2):
+            assert_same(network, forward, batch)

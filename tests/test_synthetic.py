@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ON_CPU, SMALL_NETWORK, run_process
 
 import synthetic
 from annotations import build_index
@@ -51,6 +52,35 @@ def test_the_checker_accepts_every_frame(layout, roots, tmp_path):
     assert not rejected.exists() or not rejected.read_text().strip()
     mask = frames[0].mask
     assert 0.05 < mask.mean() < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", COUNTS)
+def test_every_script_runs_on_a_rendered_set(layout, workplace):
+    """As a user runs them, from rendering to evaluation; the checker accepts at least 98%."""
+
+    def call(name, *words):
+        done = run_process(name, *words, cwd=workplace)
+        assert done.status == 0, done.err
+        return done.out
+
+    small = [*SMALL_NETWORK, *ON_CPU, "--epoch", 1, "--batch_size", 16]
+    call("synthetic.py", "--layout", layout, "--train", 150, "--test", 50, "--out", f"Data/{layout}")
+    checked = call("check_dataset.py", "--dataset", layout, "--cache")
+    accepted = [int(line.split()[2]) for line in checked.splitlines() if "frames accepted" in line]
+    assert sum(accepted) >= 0.98 * 200
+    if layout == "MSRA":
+        call("train_msra.py", "--subject", 0, *small)
+        evaluated = call("test_msra.py", "--subject", 0, *ON_CPU)
+    else:
+        call("train.py", "--dataset", layout, *small)
+        evaluated = call("test.py", "--dataset", layout, *ON_CPU)
+    labels = ["--labels", "Data/HAND17/frame/test_annotation.txt"] if layout == "HAND17" else []
+    subject = ["--subject", 0] if layout == "MSRA" else []
+    results = "Result/MSRA_default_subject0.txt" if layout == "MSRA" else f"Result/{layout}_default.txt"
+    again = call("evaluate.py", "--dataset", layout, results, *labels, *subject)
+    figures = [line for line in again.splitlines() if line.startswith("mean, mm")]
+    assert figures and (layout == "HAND17" or figures[0] in evaluated)
 
 
 @pytest.mark.parametrize("layout", ["NYU", "ICVL", "MSRA"])

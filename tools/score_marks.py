@@ -1,7 +1,6 @@
 """Measure predicted fingertips and wrist on real frames in which they were marked by hand.
 
-    python -m tools.score_marks --marks ../shared/real/sr305/annotations.json
-    python -m tools.score_marks --marks annotations.json --model Model/HAND17_default_final.pt
+    python -m tools.score_marks --marks recording/annotations.json --model Model/HAND17_default_final.pt
 
 The JSON holds `camera` (fx, fy, u0, v0, depth_unit_mm), `hand` and `frames`: for each frame's name, a PNG
 beside the JSON, the marks (`thumb`, `index`, `middle`, `ring`, `pinky`, `wrist`) as u px, v px, depth mm of

@@ -4,8 +4,8 @@
     python -m tools.train_handfinder --frames 2000 --epochs 2 --out /tmp/handfinder.pt
 
 The defaults made Model/handfinder.pt. Frames of every sensor are rendered with an arm and mostly with a
-body, half of them with tables, bars, boxes and specks; of each the judge learns places like those that
-it will have to judge, and some around the hand.
+body, half of them with tables, bars, boxes and specks, some without a hand; of each the judge learns places
+like those that it will have to judge, and some around the hand.
 """
 
 import argparse
@@ -33,13 +33,16 @@ HAND_MM, NO_HAND_MM = 60.0, 85.0  # a place nearer to the middle than this is a 
 OFFSET_MM = 150.0  # so far away the judge has to say where the middle is
 LEAST_SEEN = 0.35  # of a hand's surface, for a frame to be used
 SAME_DEPTH_MM = 30.0
+HANDLESS = 0.15  # share of frames without hand and arm
+BEHIND_CAMERA_MM, NOWHERE_MM = -1e4, 1e6
 BATCH, TASK_FRAMES, RENDERED_AT_ONCE = 512, 200, 8
 
 
 def draw_frames(name, seed, count):
     """Yield (depth [H, W] mm, middle of the hand's surface uvd, Camera) as the sensor `name` sees hands.
 
-    Pictures of 640 x 480 are rendered half as large. Hands that can hardly be seen are left out.
+    The middle is None in a share of frames, from which hand and arm are left out. Pictures of 640 x 480
+    are rendered half as large. Hands that can hardly be seen are left out.
     """
     sensor, generator, rng = SENSORS[name], torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     shrink = sensor.size_px[0] // 320
@@ -53,13 +56,15 @@ def draw_frames(name, seed, count):
             if rng.random() < 0.5:
                 depth = add_clutter(depth, rng, camera)
             seen = np.abs(depth[hand] - exact[hand]) < SAME_DEPTH_MM
-            if hand.any() and seen.mean() > LEAST_SEEN:
+            if not hand.any():
+                yield depth, None, camera
+            elif seen.mean() > LEAST_SEEN:
                 rows, columns = np.nonzero(hand)
                 yield depth, np.array([columns.mean(), rows.mean(), exact[hand].mean()]), camera
 
 
 def draw_scenes(sensor, camera, size_px, generator, count):
-    """Draw scenes with hands anywhere in the picture; half of them are seen from just any side."""
+    """Draw scenes with hands anywhere in the picture, half of them seen from just any side, or without."""
     uniform = torch.rand(count, SCENE_COLUMNS, generator=generator).clamp(1e-6, 1 - 1e-6)
     noise = Noise(uniform)
     hands = draw_hands(noise, sensor.left)
@@ -72,7 +77,10 @@ def draw_scenes(sensor, camera, size_px, generator, count):
     z = near + (far - near) * z
     u, v = size_px[0] * (0.15 + 0.7 * u), size_px[1] * (0.15 + 0.7 * v)
     places = torch.stack([(u - camera.u0) * z / camera.fx, (v - camera.v0) * z / camera.fy, z], 1)
-    return add_background(move_to(hands, places), noise, sensor._replace(body=max(sensor.body, 0.7)))
+    scenes = add_background(move_to(hands, places), noise, sensor._replace(body=max(sensor.body, 0.7)))
+    without = noise.uniform(1) < HANDLESS
+    wrist_mm = torch.where(without, BEHIND_CAMERA_MM, scenes.hands.wrist_mm)
+    return scenes._replace(hands=scenes.hands._replace(wrist_mm=wrist_mm))
 
 
 def add_clutter(depth_mm, rng, camera):
@@ -122,10 +130,12 @@ def collect(task):
     cv2.setNumThreads(0)
     rng, crops, ways_mm = np.random.default_rng(seed + 1), [], []
     for depth_mm, middle_uvd, camera in draw_frames(name, seed, count):
-        picture, middle_xyz = coarse_picture(Frame(depth_mm), camera), uvd2xyz(middle_uvd, camera)
+        picture, middle_xyz = coarse_picture(Frame(depth_mm), camera), np.full(3, NOWHERE_MM)
         places = rng.permutation(candidates(picture))[:PLACES]
-        around = middle_xyz + rng.normal(0, 1, (NEAR_PLACES, 3)) * rng.uniform(5, 60, (NEAR_PLACES, 1))
-        places = np.concatenate([places, around])
+        if middle_uvd is not None:
+            middle_xyz = uvd2xyz(middle_uvd, camera)
+            around = rng.normal(0, 1, (NEAR_PLACES, 3)) * rng.uniform(5, 60, (NEAR_PLACES, 1))
+            places = np.concatenate([places, middle_xyz + around])
         crops.append(np.round(crops_around(picture, places) * 127).astype(np.int8))
         ways_mm.append((middle_xyz - places).astype(np.float32))
     return np.concatenate(crops), np.concatenate(ways_mm)
@@ -200,7 +210,7 @@ def main(argv=None):
     """Render, train and write as the command line says."""
     parser = argparse.ArgumentParser(description="Train the network that finds hands on rendered frames.")
     parser.add_argument("--frames", type=int, default=8000, help="of each sensor")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="file to write (default: %(default)s)")
     args = parser.parse_args(argv)
