@@ -1,6 +1,5 @@
 """From the official annotation files to index files: read, validate every frame, write."""
 
-import os
 import random
 import zlib
 from collections import Counter, deque
@@ -20,12 +19,11 @@ from cache import make_record, open_cache, write_cache
 from datasets import DATASETS, MSRADataset
 from frames import FrameError, LineFile
 from handfinder import find_center
-from utils import UserError, atomic_path
+from utils import UserError, atomic_path, usable_cores
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
 MSRA_GESTURES = "1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y".split()
 HAND17_TRAIN_SHARE = 0.95
-CHUNK = 32
 MAT_ERRORS = (
     MatReadError,
     BrokenProcessPool,
@@ -354,7 +352,7 @@ def over_frames(work, frames, title):
 
     Few results are on their way at a time, so that a slow reader of them does not fill the memory.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     size = min(256, max(1, len(frames) // (8 * cores)))
     chunks = [range(start, min(start + size, len(frames))) for start in range(0, len(frames), size)]
     try:

@@ -1,6 +1,8 @@
 """Depth cameras by name or number, and the depth files that people have, read to millimetres."""
 
+import io
 import re
+import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +10,9 @@ import cv2
 import numpy as np
 import yaml
 
+from checkpoints import DAMAGE
 from datasets import DATASETS, MSRADataset
-from frames import FrameError, read_bytes, read_png
+from frames import MAX_NUMBER, FrameError, read_bytes, read_png
 from transforms import Camera
 from utils import UserError
 
@@ -18,8 +21,8 @@ SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".bin")
 # In a folder these are taken for frames too, and refused with a reason, rather than passed over.
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".webp")
 
-# No hand is as near as 20 mm: depths all below that are metres.
-METRES_BELOW = 20.0
+# No camera measures as near as 50 mm, and no room is 50 m deep: below this a frame's median is in metres.
+METRES_BELOW = 50.0
 
 
 class DepthCamera(NamedTuple):
@@ -127,44 +130,55 @@ def read_depth(path, depth_camera):
             path, f"{suffix or 'a file without suffix'} holds no depth: give {', '.join(SUFFIXES)}"
         )
     try:
-        depth_mm = check_depth(reader[suffix](path), depth_camera.unit_mm)
+        return check_depth(reader[suffix](path), depth_camera.unit_mm, depth_camera.size_px)
     except ValueError as error:
         raise FrameError(path, str(error)) from None
-    height, width = depth_mm.shape
-    if depth_camera.size_px not in (None, (width, height)):
-        known = "x".join(map(str, depth_camera.size_px))
-        raise FrameError(
-            path, f"the frame has {width}x{height} px, the camera {known}: give this stream's --camera"
-        )
-    return depth_mm
 
 
-def check_depth(depth, unit_mm=1.0):
+def check_depth(depth, unit_mm=1.0, size_px=None):
     """Return a depth picture [H, W] in mm: uint16 as it is, or float32. Never writes to its input.
 
-    Raises ValueError where it is no depth picture, in metres, or holds negative or undefined depths.
+    Raises ValueError where it is no depth picture, not of `size_px` (width, height), in metres, or
+    holds negative or undefined depths.
     """
     depth = np.asarray(depth)
     if depth.ndim != 2 or depth.dtype.kind not in "uif" or depth.dtype.itemsize < 2 or 0 in depth.shape:
         raise ValueError(f"expected 16-bit or float depths [H, W], found {depth.dtype} {list(depth.shape)}")
-    if depth.dtype.kind == "f" and not np.isfinite(depth).all():
-        raise ValueError(
-            f"{(~np.isfinite(depth)).sum()} depths are not finite: set what is not measured to 0"
-        )
-    if depth.dtype.kind != "u" and depth.min() < 0:
-        raise ValueError(f"{(depth < 0).sum()} depths are negative: set what is not measured to 0")
+    height, width = depth.shape
+    if size_px not in (None, (width, height)):
+        known = "x".join(map(str, size_px))
+        raise ValueError(f"the frame has {width}x{height} px, the camera {known}: give this stream's camera")
     if depth.dtype != np.uint16 or unit_mm != 1:
-        depth = depth.astype(np.float32) * np.float32(unit_mm)
-    farthest = depth.max()
-    if 0 < farthest < METRES_BELOW:
-        raise ValueError(f"no depth exceeds {farthest:g} mm: for metres give --depth_unit 1000")
+        depth = _scaled(depth, unit_mm)
+    some = depth[::3, ::3]  # enough to tell mm from metres
+    measured = some[some > 0]
+    if len(measured) and np.median(measured) < METRES_BELOW:
+        raise ValueError(
+            f"the median depth is {np.median(measured):g} mm, too near for a camera: "
+            "for metres give --depth_unit 1000"
+        )
+    return depth
+
+
+def _scaled(depth, unit_mm):
+    """Return a picture's depths as float32 mm. Raises ValueError where one is negative or undefined."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is told below
+        depth = depth.astype(np.float32, copy=False)
+        depth = depth if unit_mm == 1 else depth * np.float32(unit_mm)
+    undefined, negative = (~(np.abs(depth) < MAX_NUMBER)).sum(), (depth < 0).sum()
+    if undefined:
+        raise ValueError(
+            f"{undefined} depths are not finite or beyond any room: set what is not measured to 0"
+        )
+    if negative:
+        raise ValueError(f"{negative} depths are negative: set what is not measured to 0")
     return depth
 
 
 def _read_png(path):
     image = read_png(path)
     if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and not image[..., 2].any():
-        return DATASETS["NYU"](dataset="test", test_only=True, lines=[]).decode(path)
+        return image[..., 0] | image[..., 1].astype(np.uint16) << 8  # as NYUDataset.decode has it
     if image.dtype != np.uint16 or image.ndim != 2:
         raise FrameError(path, _not_depth(image))
     return image
@@ -185,10 +199,10 @@ def _not_depth(image):
 
 
 def _read_npy(path):
-    read_bytes(path)
+    data = io.BytesIO(read_bytes(path))
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        return np.load(data, allow_pickle=False)
+    except (*DAMAGE, SyntaxError, tokenize.TokenError) as error:
         raise FrameError(path, f"the array cannot be read: {' '.join(str(error).split())[:80]}") from None
 
 

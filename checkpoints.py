@@ -49,7 +49,7 @@ def resolve_device(name, gpu_id=0):
     """Return the torch device for `auto`, `cpu` or `cuda`. Raises UserError where there is no such GPU."""
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
-    if gpu_id >= torch.cuda.device_count():
+    if not 0 <= gpu_id < torch.cuda.device_count():
         raise UserError(f"--device cuda --gpu_id {gpu_id}: torch sees {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", gpu_id)
 

@@ -3,6 +3,7 @@
 python demo.py
 """
 
+import argparse
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from runs import load_network, open_splits, test
 from runstate import checkpoint_path, run_name
 from synthetic import write_dataset
 from transforms import joints_to_crop
-from utils import UserError, draw_crop, run, write_picture
+from utils import UserError, draw_crop, run, usable_cores, write_picture
 
 DATA = Path("Data", "synthetic", "HAND17")
 PICTURES = Path("Result", "demo")
@@ -54,7 +55,7 @@ def load_or_render():
     """Return the rendered data set's train and test splits, rendered and checked unless they exist."""
     if not DATA.exists():
         print(f"rendering {FRAMES['train']} training and {FRAMES['test']} test frames into {DATA}")
-        write_dataset("HAND17", FRAMES, 1, DATA, os.cpu_count())
+        write_dataset("HAND17", FRAMES, 1, DATA, usable_cores())
     build_index("HAND17", DATA)
     build_cache("HAND17", DATA)
     return HAND17Dataset(path=DATA, dataset="train"), HAND17Dataset(path=DATA, dataset="test", test_only=True)
@@ -65,14 +66,14 @@ def train_on_cores(words):
 
     Raises UserError where it fails.
     """
-    count, script = min(2, os.cpu_count()), str(Path(__file__).with_name("train.py"))
+    count, script = min(2, usable_cores()), str(Path(__file__).with_name("train.py"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": count}
     training = []
     before = signal.getsignal(signal.SIGINT)
     try:
         for rank in range(count):
-            settings = group | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": os.cpu_count() // count}
+            settings = group | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": usable_cores() // count}
             environment = os.environ | {name: str(value) for name, value in settings.items()}
             training.append(subprocess.Popen([sys.executable, script, *words], env=environment))
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # they get it too, and save their state first
@@ -81,9 +82,11 @@ def train_on_cores(words):
         signal.signal(signal.SIGINT, before)
         for process in training:
             process.kill()
+            process.wait()
     if any(statuses):
         raise UserError(
-            f"training ended with status {max(statuses)}; `python demo.py` goes on from where it was"
+            f"training ended with status {next(filter(None, statuses))}; `python demo.py` goes on from where "
+            "it was, or begins anew once Model/HAND17_demo_* is removed"
         )
 
 
@@ -104,6 +107,8 @@ def draw_frames(dataset, rows_uvd, columns=6):
 
 def main():
     """Run the demo; what exists from an earlier run is used again."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # --help, and nothing else
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of every `finally`
     train_set, test_set = load_or_render()
     options = parse_train("", [*COMMON, *TRAINING])
     train_on_cores([*COMMON, *TRAINING])

@@ -8,6 +8,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from utils import UserError
+
 
 def start(device_name, gpu_id):
     """Join the process group that torchrun set up; return the GPU this process is to use."""
@@ -53,15 +55,18 @@ def reduce(tensor, operation="sum"):
     return tensor
 
 
-def total(number, device):
-    """Return the sum of a whole number over all processes."""
-    return int(reduce(torch.tensor(number, device=device)))
-
-
-def share(value):
-    """Return the main process's value of a plain Python object in every process."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def from_main(function):
+    """Call a function in the main process; return its plain Python value, or raise its UserError, in all."""
+    value = error = None
+    if is_main():
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
+    box = [value, error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    value, error = box
+    if error is not None:
+        raise error
+    return value

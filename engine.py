@@ -10,7 +10,7 @@ from tqdm import tqdm
 import distributed
 from datasets import Sample
 from inference import prepare
-from loading import WorkerDied, batches_of, make_loader, to_device
+from loading import Batch, WorkerDied, batches_of, ending_workers, make_loader, to_device
 from metrics import joint_errors_mm
 from model import losses, spatial_form
 from utils import UserError, draw_comparison
@@ -23,9 +23,16 @@ class BadNumbers(UserError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
+class OtherFailed(UserError):
+    """Another process of this run could not go on."""
+
+    def __init__(self):
+        super().__init__("another process could not go on: its own error says why")
+
+
 @dataclass
 class Progress:
-    """How far an epoch is: steps taken, the sum of the good ones' losses, and what went wrong."""
+    """How far an epoch is, in all processes: steps, the sum of the good ones' losses, what went wrong."""
 
     step: int = 0
     good_steps: int = 0
@@ -45,32 +52,35 @@ def forward_losses(network, samples, args):
     return outputs, losses(outputs, samples.uvd, targets, args.alpha, args.lambda_h, args.lambda_d)
 
 
-def train_step(network, optimizer, samples, args, frames=None):
-    """Take one optimiser step; return [mean loss, 1 where the step was not applied else 0] on the device.
+def train_step(network, optimizer, samples, args, frames=1, refused=0, failed=False):
+    """Take one optimiser step; return its outcome on the device.
 
-    A step whose loss or gradient is not finite, in any process, leaves weights and moments as they are.
-    Where several processes share a step, `frames` is how many of its frames this one has, so that
-    each frame counts alike.
+    The outcome is [mean loss, in how many processes it or its gradient is not finite, frames, refused frames,
+    failures] over all processes. `frames` is how many of the step's frames this process has: each frame
+    counts alike. A step that is not finite, has no frame, or in which a process `failed`, leaves
+    weights and moments as they are in all processes.
     """
     statistics = running_statistics(network)
     before = [value.clone() for value in statistics]
     _, terms = forward_losses(network, samples, args)
     loss = sum(terms.values())
-    if distributed.world_size() > 1 and frames is not None:
-        mean_frames = distributed.reduce(torch.full_like(loss, frames)) / distributed.world_size()
-        loss = loss * (frames / mean_frames)
+    # Filled on the device: a copy from the host would wait for it.
+    counts = [torch.full_like(loss, count) for count in (frames, refused, failed)]
+    counts = distributed.reduce(torch.stack(counts))
+    mean_frames = counts[0].clamp(min=1) / distributed.world_size()
+    loss = loss * (frames / mean_frames)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     loss = loss.detach()
     norm = clip_grad_norm_(network.parameters(), float("inf"))  # clips nothing: it measures
-    outcome = distributed.reduce(torch.stack([loss, (~torch.isfinite(norm + loss)).to(loss)]))
-    bad = (outcome[1] > 0).float()
+    total, bad = distributed.reduce(torch.stack([loss, (~torch.isfinite(norm + loss)).to(loss)]))
+    skipped = (bad > 0) | (counts[0] == 0) | (counts[2] > 0)
     # Fused optimisers skip the step on the device where this is 1, without the host having to look.
-    optimizer.found_inf = bad
+    optimizer.found_inf = skipped.float()
     optimizer.step()
     for value, old in zip(statistics, before):
-        value.copy_(torch.where(bad > 0, old, value))
-    return torch.stack([outcome[0] / distributed.world_size(), bad])
+        value.copy_(torch.where(skipped, old, value))
+    return torch.stack([total / distributed.world_size(), bad, *counts])
 
 
 def running_statistics(network):
@@ -95,28 +105,47 @@ def train_one_epoch(network, loader, optimizer, device, args, progress, state):
         leave=False,
         disable=not distributed.is_main(),
     )
+    error = None
     try:
-        for samples, indices, refused in batches(loader, args, progress.step):
-            note_refused(refused, args, progress)
-            if samples is None and distributed.world_size() > 1:
-                samples = empty_samples(dataset)
-            if samples is not None:
-                outcome = train_step(network, optimizer, to_device(samples, device), args, len(indices))
-                waiting.append((outcome, indices))
+        for batch, error in common_batches(loader, args, progress.step):
+            samples = to_device(batch.samples or empty_samples(dataset), device)
+            counts = len(batch.indices), len(batch.refused), error is not None
+            waiting.append((train_step(network, optimizer, samples, args, *counts), batch.indices))
             progress.step += 1
             bar.update()
             due = state.due(progress.step)
             if due or progress.step % REPORT_STEPS == 0:
-                settle(waiting, progress, dataset, args.max_bad_steps)
+                settle(waiting, progress, dataset, args.max_bad_steps, error)
                 bar.set_postfix(loss=f"{progress.loss_sum / max(progress.good_steps, 1):.4f}")
             if due:
                 state.save(progress)
     finally:
-        settle(waiting, progress, dataset, args.max_bad_steps)
+        settle(waiting, progress, dataset, args.max_bad_steps, error)
         bar.close()
 
 
-def batches(loader, args, start=0):
+def common_batches(loader, args, start=0):
+    """Yield (Batch, this process's UserError or None) for every step from `start` on.
+
+    A process alone raises its UserError. Several go on with empty batches after it, for the others wait
+    for each in every step, until they look at what failed.
+    """
+    loader.sampler.start = start
+    step, last, told, failed = start, start + len(loader), 0, None
+    try:
+        for batch in batches(loader, args, start):
+            told = note_refused(batch.refused, args, told)
+            step += 1
+            yield batch, None
+    except UserError as error:
+        if distributed.world_size() == 1:
+            raise
+        failed = error
+    for _ in range(step, last):
+        yield Batch(None, [], []), failed
+
+
+def batches(loader, args, start):
     """Yield the batches from `start` on; with args.skip_bad a frame at which a worker dies is refused."""
     deadly = loader.dataset.deadly
     while True:
@@ -133,47 +162,56 @@ def batches(loader, args, start=0):
 
 
 def empty_samples(dataset):
-    """Return a batch of one empty frame, for a process that has no frame of a step that others take."""
+    """Return a batch of one empty frame, for a process that has no frame of a step."""
     image, label = torch.zeros(1, 1, *[dataset.image_size] * 2), torch.zeros(1, 1, *[dataset.label_size] * 2)
     number, none = torch.zeros(1), torch.empty(0)
     uvd = torch.zeros(1, dataset.joint_number, 3)
     return Sample(image, label, label, number, number, torch.zeros(1, 3), uvd, none, none)
 
 
-def settle(waiting, progress, dataset, max_bad_steps):
+def settle(waiting, progress, dataset, max_bad_steps, error=None):
     """Move steps' outcomes, [(outcome on the device, frame indices)], into `progress`; report bad steps.
 
-    Raises BadNumbers after more than `max_bad_steps` bad ones in a row.
+    Raises BadNumbers after more than `max_bad_steps` bad ones in a row. Where a process failed, whose
+    steps from then on do not count, raises this one's `error` or OtherFailed.
     """
     if not waiting:
         return
     outcomes, frames = torch.stack([outcome for outcome, _ in waiting]).tolist(), [f for _, f in waiting]
     waiting.clear()
-    for (loss, bad), indices in zip(outcomes, frames):
-        if not bad:
+    worst = 0
+    for number, ((loss, bad, count, refused, failures), indices) in enumerate(zip(outcomes, frames)):
+        if failures:
+            progress.step -= len(outcomes) - number
+            raise error or OtherFailed
+        progress.refused += int(refused)
+        if not bad and count:
             progress.loss_sum += loss
             progress.good_steps += 1
             progress.bad_in_a_row = 0
+        if not bad:
             continue
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
+        worst = max(worst, progress.bad_in_a_row)
         names = ", ".join(str(dataset.frame_path(index)) for index in indices)
         tqdm.write(f"warning: loss or gradient not finite, step not applied; its frames: {names or 'none'}")
-        if progress.bad_in_a_row > max_bad_steps:
-            raise BadNumbers(
-                f"{progress.bad_in_a_row} steps in a row were not finite (--max_bad_steps {max_bad_steps}): "
-                "lower --lr, or look at the frames named above"
-            )
+    if worst > max_bad_steps:
+        raise BadNumbers(
+            f"{worst} steps in a row were not finite (--max_bad_steps {max_bad_steps}): "
+            "look at the frames named above, or start anew with a lower --lr"
+        )
 
 
-def note_refused(refused, args, progress):
-    """Count refused frames and name the first few; raise the first FrameError unless args.skip_bad."""
+def note_refused(refused, args, told):
+    """Name refused frames unless ten were `told`; return how many were. Raise the first without skip_bad."""
     for error in refused:
         if not args.skip_bad:
             raise UserError(f"{error} (--skip_bad counts such frames and goes on)")
-        progress.refused += 1
-        if progress.refused <= 10:
+        told += 1
+        if told <= 10:
             tqdm.write(f"warning: skipped {error}")
+    return told
 
 
 @torch.no_grad()
@@ -183,20 +221,21 @@ def validate(network, loader, device, args, progress, state):
     `state` is asked as in `train_one_epoch`; a run that goes on validates from the first batch.
     """
     network.eval()
-    dataset, checked = loader.dataset.dataset, Progress()
-    sums = torch.zeros(3, dtype=torch.float64)  # error mm, loss, frames
+    dataset, error = loader.dataset.dataset, None
+    sums = torch.zeros(5, dtype=torch.float64)  # error mm, loss, frames, refused frames, failures
     bar = tqdm(
-        batches(loader, args),
+        common_batches(loader, args),
         desc="validate",
         total=-(-len(loader.sampler.indices) // loader.batch_size),
         unit="step",
         leave=False,
         disable=not distributed.is_main(),
     )
-    for step, batch in enumerate(bar):
+    for step, (batch, error) in enumerate(bar):
         if 0 < step <= loader.sampler.common_steps and state.due(step):
             state.save(progress)
-        note_refused(batch.refused, args, checked)
+        sums[3] += len(batch.refused)
+        sums[4] = error is not None
         if batch.samples is None:
             continue
         outputs, terms = forward_losses(network, to_device(batch.samples, device), args)
@@ -205,11 +244,13 @@ def validate(network, loader, device, args, progress, state):
             for uvd in (outputs[-1].uvd, batch.samples.uvd)
         )
         frames, loss = len(batch.indices), sum(terms.values()).item()
-        sums += torch.tensor([joint_errors_mm(predicted, true).mean(axis=1).sum(), loss * frames, frames])
-    error_mm, loss, frames = distributed.reduce(sums.to(device)).tolist()
+        sums[:3] += torch.tensor([joint_errors_mm(predicted, true).mean(axis=1).sum(), loss * frames, frames])
+    error_mm, loss, frames, refused, failures = distributed.reduce(sums.to(device)).tolist()
+    if failures:
+        raise error or OtherFailed
     if not frames:
         raise UserError("no validation frame could be used")
-    progress.refused += checked.refused
+    progress.refused += int(refused)
     return error_mm / frames, loss / frames
 
 
@@ -235,7 +276,8 @@ def predict(network, dataset, args, device):
     forward = prepare(network, device, len(dataset))
     loader = make_loader(dataset, range(len(dataset)), args, device, args.batch_size)
     joints_uvd, refused = np.zeros((len(dataset), dataset.joint_number, 3)), []
-    with tqdm(total=len(dataset), desc=f"predict {dataset.name}", unit="frame", leave=False) as bar:
+    bar = tqdm(total=len(dataset), desc=f"predict {dataset.name}", unit="frame", leave=False)
+    with bar, ending_workers(loader):
         for batch in batches_of(loader):
             refused += batch.refused
             if batch.samples is not None:

@@ -186,10 +186,16 @@ def batches_of(loader):
 
 @contextmanager
 def ending_workers(*loaders):
-    """End the loaders' processes on leaving; what Python does with those left takes seconds for each."""
+    """End the loaders' processes on leaving, and give SIGCHLD back.
+
+    What Python does with processes that are left takes seconds for each.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
         for loader in loaders:
             if loader._iterator is not None:
                 loader._iterator._shutdown_workers()

@@ -1,14 +1,14 @@
 """Command-line options of training and testing, with defaults from YAML."""
 
 import argparse
-import os
+import math
 import sys
 from pathlib import Path
 
 import yaml
 
 from datasets import DATASETS, MSRADataset
-from utils import UserError
+from utils import UserError, usable_cores
 
 
 def parse_train(description, argv=None, subject=False):
@@ -54,7 +54,7 @@ def _add_data(parser, subject):
     group.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
     group.add_argument("--batch_size", type=int, default=32, help="frames a step, of all processes together")
     group.add_argument(
-        "--num_workers", type=int, default=os.cpu_count(), help="loading processes (default: all cores)"
+        "--num_workers", type=int, default=usable_cores(), help="loading processes (default: all cores)"
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--gpu_id", type=int, default=0, help="which GPU")
@@ -171,16 +171,18 @@ def _config_arguments(parser, path):
 
 
 def _check_ranges(args):
-    positive = ("kernel_size", "sigmoid", "epoch", "lr", "decay_epoch", "features", "stages")
-    for name in positive:
-        if not getattr(args, name) > 0:
+    for name in ("kernel_size", "sigmoid", "epoch", "lr", "decay_epoch", "features", "stages"):
+        if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
+    for name in ("weight_decay", "lr_decay", "lambda_h", "lambda_d"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must be 0 or more, not {getattr(args, name)}")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed must be 0 to {2**32 - 1}, not {args.seed}")
     if not 0 <= args.alpha <= 1:
         raise UserError(f"--alpha must be between 0 and 1, not {args.alpha}")
     for name in ("holdout", "beta1", "beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(args, name)}")
-    if not args.weight_decay >= 0:
-        raise UserError(f"--weight_decay must be 0 or more, not {args.weight_decay}")
     if args.kernel_size % 2 == 0 or args.kernel_size // 2 >= args.label_size:
         raise UserError(f"--kernel_size must be odd and below twice --label_size, not {args.kernel_size}")

@@ -1,22 +1,25 @@
 """Find the hand in depth frames of any camera and predict its joints, in millimetres and pixels.
 
-python predict.py docs/predict/frame.png --camera SR305
-python predict.py recording/ --camera 476.0,476.0,313.7,242.8 --depth_unit 0.125 --plot3d --out Result/mine
-python predict.py frame.npy --camera camera.yml --center 320,240,600 --hand left --model Model/mine.pt
+python predict.py docs/predict/frame.png --camera SR305 --model Model/HAND17_demo_final.pt
+python predict.py recording/ --camera 476,476,313.7,242.8 --depth_unit 0.125 --model Model/mine.pt --plot3d
+python predict.py frame.npy --camera camera.yml --model Model/mine.pt --center 320,240,600 --hand left
+
+`python demo.py` makes a model for trying, Model/HAND17_demo_final.pt.
 """
 
 import argparse
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cameras import PRESETS, check_depth, list_frames, parse_camera, parse_numbers, read_depth
+from cameras import PRESETS, DepthCamera, check_depth, list_frames, parse_camera, parse_numbers, read_depth
 from checkpoints import load_checkpoint, resolve_device
-from datasets import DATASETS, UnlabelledSample, prepare_crop
+from datasets import DATASETS, MIN_HAND_PIXELS, UnlabelledSample, prepare_crop
 from frames import FrameError
 from handfinder import find_center
 from inference import prepare
@@ -36,10 +39,8 @@ from transforms import (
 )
 from utils import UserError, run
 
-DEFAULT_MODEL = Path("Model/HAND17_synthetic_final.pt")
-
-# Joints of a checkpoint that does not name its data set.
-DATASET_OF_JOINTS = {14: "NYU", 16: "ICVL", 21: "HAND17"}
+# Joints of a checkpoint that does not name its data set; 21 are MSRA's or HAND17's.
+DATASET_OF_JOINTS = {14: "NYU", 16: "ICVL"}
 LAST_BIAS = "stages.0.plane_regression.conv.9.bias"
 
 # A joint's confidence is the share of its heatmap within this distance of it.
@@ -72,7 +73,7 @@ class Place(NamedTuple):
     """Where a hand is in a frame, as the network sees it (a left hand's frame mirrored).
 
     `width` is the whole picture's, px; `window` (Rect or None) bounds what may belong to the hand;
-    `found`: nobody said where it is.
+    `found`: nobody said where it is; `crop` is the network's input, once it is cut.
     """
 
     frame: Frame
@@ -81,6 +82,7 @@ class Place(NamedTuple):
     center_uvd: np.ndarray
     window: tuple | None
     found: bool
+    crop: UnlabelledSample | None = None
 
 
 def no_hand(reason):
@@ -91,15 +93,15 @@ def no_hand(reason):
 class HandPoseEstimator:
     """The joints of the hand in depth frames of one camera.
 
-        estimator = HandPoseEstimator("Model/HAND17_synthetic_final.pt", "SR305")
+        estimator = HandPoseEstimator("Model/HAND17_demo_final.pt", "SR305")
         pose = estimator(depth_mm)                  # depth_mm: [H, W], uint16 or float, 0: not measured
         pose.joints_xyz                             # [21, 3] mm
         poses = estimator.batch([depth_mm, other_mm])
         pose = estimator(next_mm, near_uvd=pose.center_uvd)    # a sequence: where the hand was last
 
-    `model` is a checkpoint's path (None: the one that ships with the project); `camera` a Camera or
-    what --camera takes (a stored unit other than mm is not applied: give mm). `joints` names the data
-    set whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
+    `model` is a checkpoint's path (`python demo.py` makes one for trying); `camera` a Camera or what
+    --camera takes (a stored unit other than mm is not applied: give mm). `joints` names the data set
+    whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
     default to what the checkpoint was trained on. `hand` is right, or left: then frames are mirrored
     for the network and joints mirrored back. `frames` is how many are to come, if that is known: the
     network is compiled for long work.
@@ -108,21 +110,14 @@ class HandPoseEstimator:
     """
 
     def __init__(
-        self,
-        model=None,
-        camera="HAND17",
-        *,
-        joints=None,
-        cube_mm=None,
-        hand="right",
-        device="auto",
-        frames=0,
+        self, model, camera="HAND17", *, joints=None, cube_mm=None, hand="right", device="auto", frames=0
     ):
         if hand not in ("right", "left"):
             raise UserError(f"hand must be right or left, not {hand!r}")
-        self.camera = camera if isinstance(camera, Camera) else parse_camera(camera).camera
+        depth_camera = DepthCamera(camera) if isinstance(camera, Camera) else parse_camera(camera)
+        self.camera, self.size_px = depth_camera.camera, depth_camera.size_px
         self.device = resolve_device(device)
-        self.model = Path(model or DEFAULT_MODEL)
+        self.model = Path(model)
         self.network, name = load_model(self.model, joints)
         self.dataset = DATASETS[name]
         self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
@@ -133,7 +128,8 @@ class HandPoseEstimator:
 
         With `center_uvd` (column px, row px, depth mm) or `bbox` (left, top, width, height; px) the
         hand is taken to be there, once; else it is found, preferably near `near_uvd`, and cut out
-        anew around the first prediction. Raises ValueError where the frame is no depth picture.
+        anew around the first prediction. Raises ValueError where the frame is no depth picture or not
+        of the camera's size.
         """
         return self.batch([depth_mm], [center_uvd], [bbox], [near_uvd])[0]
 
@@ -143,29 +139,30 @@ class HandPoseEstimator:
         The lists beside `frames` hold what `__call__` takes, None where it is not known.
         Raises ValueError where a frame is no depth picture.
         """
-        blank = [None] * len(frames)
-        hints = zip(frames, centers_uvd or blank, bboxes or blank, near_uvd or blank, strict=True)
-        places = [self._locate(*hint) for hint in hints]
-        poses = [place if isinstance(place, HandPose) else None for place in places]
-        hands = [index for index, pose in enumerate(poses) if pose is None]
+        hints = ([None] * len(frames) if hint is None else hint for hint in (centers_uvd, bboxes, near_uvd))
+        poses = [self._locate(*hint) for hint in zip(frames, *hints, strict=True)]
+        hands = [index for index, place in enumerate(poses) if isinstance(place, Place)]
         if not hands:
             return poses
-        crops = [self.crop(places[index]) for index in hands]
-        uvd, confidence = self._predict(crops)
-        again = [k for k, index in enumerate(hands) if places[index].found]
+        places = [poses[index] for index in hands]
+        uvd, confidence = self._predict([place.crop for place in places])
+        again = [k for k, place in enumerate(places) if place.found]
         for k in again:
-            place = self._around(places[hands[k]], _middle(crops[k], uvd[k]))
-            places[hands[k]], crops[k] = place, self.crop(place)
+            with suppress(ValueError):  # where no hand can be, the first crop stays
+                places[k] = self._around(places[k], _middle(places[k].crop, uvd[k]))
         if again:
-            uvd[again], confidence[again] = self._predict([crops[k] for k in again])
-        for index, crop, *output in zip(hands, crops, uvd, confidence):
-            poses[index] = self._pose(places[index], crop, *output)
+            uvd[again], confidence[again] = self._predict([places[k].crop for k in again])
+        for index, *output in zip(hands, places, uvd, confidence):
+            poses[index] = self._pose(*output)
         return poses
 
     def crop(self, place):
-        """Return the network's input for a hand at a Place, an UnlabelledSample."""
+        """Return the network's input for a hand at a Place, an UnlabelledSample.
+
+        Raises ValueError where the centre's depth is impossible or nothing was measured around it.
+        """
         label_size = self.network.param["label_size"]
-        return prepare_crop(
+        crop = prepare_crop(
             place.frame,
             place.center_uvd,
             self.cube_mm,
@@ -174,10 +171,13 @@ class HandPoseEstimator:
             image_size=2 * label_size,
             label_size=label_size,
         )
+        if crop.mask.sum() < MIN_HAND_PIXELS:
+            raise ValueError(f"fewer than {MIN_HAND_PIXELS} hand pixels in the crop")
+        return crop
 
     def _locate(self, depth_mm, center_uvd, bbox, near_uvd):
         """Return the Place of the hand in a frame, or the HandPose that says that there is none."""
-        depth_mm, camera = check_depth(depth_mm), self.camera
+        depth_mm, camera = check_depth(depth_mm, size_px=self.size_px), self.camera
         if not depth_mm.any():
             return no_hand("the frame is empty: no pixel has a depth")
         if self.hand == "left":
@@ -185,12 +185,13 @@ class HandPoseEstimator:
             depth_mm = np.ascontiguousarray(depth_mm[:, ::-1])
             camera = camera._replace(u0=width - 1 - camera.u0)
             center_uvd, near_uvd = _mirrored(center_uvd, width), _mirrored(near_uvd, width)
-            bbox = bbox and (width - bbox[0] - bbox[2], *bbox[1:])
+            bbox = None if bbox is None else (width - bbox[0] - bbox[2], *bbox[1:])
         place = Place(Frame(depth_mm), depth_mm.shape[1], camera, center_uvd, None, False)
         try:
             if bbox is not None:
                 frame = cut_bounding_box(place.frame, bbox)
-                return place._replace(frame=frame, center_uvd=center_of_mass(frame))
+                place = place._replace(frame=frame, center_uvd=center_of_mass(frame))
+                return place._replace(crop=self.crop(place))
             if center_uvd is not None:
                 return self._around(place, np.asarray(center_uvd, np.float64))
             return self._around(place._replace(found=True), find_center(place.frame, camera, near_uvd))
@@ -200,10 +201,11 @@ class HandPoseEstimator:
     def _around(self, place, center_uvd):
         """Return a Place moved to a centre, with the window that the model's data set lays around it."""
         box_size_px(center_uvd[2], self.cube_mm, place.camera)
-        if self.dataset.margin_mm is None:
-            return place._replace(center_uvd=center_uvd)
-        window = window_around(center_uvd, self.cube_mm - self.dataset.margin_mm, place.camera)
-        return place._replace(center_uvd=center_uvd, window=window)
+        window, margin_mm = None, self.dataset.margin_mm
+        if margin_mm is not None:
+            window = window_around(center_uvd, self.cube_mm - margin_mm, place.camera)
+        place = place._replace(center_uvd=center_uvd, window=window)
+        return place._replace(crop=self.crop(place))
 
     @torch.inference_mode()
     def _predict(self, crops):
@@ -218,8 +220,9 @@ class HandPoseEstimator:
         near = off_px < SURE_WITHIN_MM * (size - 1) / (2 * self.cube_mm)
         return uvd.cpu().numpy(), (heatmaps * near).sum((-2, -1)).cpu().numpy()
 
-    def _pose(self, place, crop, uvd, confidence):
+    def _pose(self, place, uvd, confidence):
         """Return the HandPose of a crop's normalised joints; a left hand is mirrored back."""
+        crop = place.crop
         joints_uvd = recover_uvd(uvd, float(crop.box_size), float(crop.cube_size), crop.com.numpy())
         joints_xyz, center_uvd = uvd2xyz(joints_uvd, place.camera), place.center_uvd
         if self.hand == "left":
@@ -252,15 +255,16 @@ def _middle(crop, uvd):
 
 
 def load_model(path, joints):
-    """Return the network of a checkpoint and the name of the data set whose joints it predicts."""
-    if path == DEFAULT_MODEL and not path.is_file():
-        raise UserError(
-            f"{path} not found: run `python demo.py`, then give --model Model/HAND17_demo_final.pt"
-        )
+    """Return the network of a checkpoint and the name of the data set whose joints it predicts.
+
+    Where the checkpoint does not name it, the joints or the file's name (MSRA_default_...) tell.
+    Raises UserError where nothing does.
+    """
     checkpoint = load_checkpoint(path)
     weights = checkpoint["state_dict"]
     count = len(weights[LAST_BIAS]) if isinstance(weights, dict) and LAST_BIAS in weights else 0
-    name = joints or checkpoint.get("dataset") or DATASET_OF_JOINTS.get(count)
+    named = path.name.partition("_")[0]
+    name = joints or checkpoint.get("dataset") or DATASET_OF_JOINTS.get(count, named)
     if name not in DATASETS:
         raise UserError(f"{path} predicts {count} joints: say with --joints which data set's they are")
     return load_network(path, DATASETS[name].joint_number), name
@@ -269,9 +273,10 @@ def load_model(path, joints):
 def parse(argv=None):
     """Parse the command line."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s INPUT [INPUT ...] --camera CAMERA --model FILE [options]",
         description="Find the hand in depth frames and predict its joints.",
-        epilog="Exit status: 0 every frame has joints, 1 none has, 2 wrong options, 3 some have none "
-        "(the JSON says why).",
+        epilog="Exit status: 0 every frame has joints, 3 some have none (the JSON says why), 1 none has, or "
+        "the model or a folder cannot be used, 2 wrong options.",
     )
     parser.add_argument(
         "input",
@@ -291,7 +296,9 @@ def parse(argv=None):
         "--depth_unit", type=float, help="mm that a stored 1 means (default: the camera's, else 1)"
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", type=Path, help=f"checkpoint (default: {DEFAULT_MODEL})")
+    group.add_argument(
+        "--model", type=Path, required=True, help="checkpoint (`python demo.py` makes one for trying)"
+    )
     group.add_argument("--joints", choices=DATASETS, help="whose joints it predicts (default: what it says)")
     group.add_argument("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -303,7 +310,25 @@ def parse(argv=None):
     )
     group.add_argument("--hand", choices=("right", "left"), default="right")
     _add_output(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        _read_numbers(args)
+    except UserError as error:
+        parser.error(str(error))
+    return args
+
+
+def _read_numbers(args):
+    """Turn camera, centre and box of the command line from text to numbers. Raises UserError."""
+    for name in ("depth_unit", "cube"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < np.inf:
+            raise UserError(f"--{name} must be above 0, not {value}")
+    args.camera = parse_camera(args.camera)
+    if args.depth_unit is not None:
+        args.camera = args.camera._replace(unit_mm=args.depth_unit)
+    args.center = args.center and parse_numbers(args.center, 3, "--center")
+    args.bbox = args.bbox and parse_numbers(args.bbox, 4, "--bbox")
 
 
 def _add_output(parser):
@@ -323,30 +348,20 @@ def _add_output(parser):
 def main(argv=None):
     """Predict as the command line says; return the exit status."""
     args = parse(argv)
-    depth_camera = parse_camera(args.camera)
-    if args.depth_unit is not None:
-        if not (args.depth_unit > 0 and np.isfinite(args.depth_unit)):
-            raise UserError(f"--depth_unit must be above 0, not {args.depth_unit}")
-        depth_camera = depth_camera._replace(unit_mm=args.depth_unit)
-    if args.cube is not None and not (args.cube > 0 and np.isfinite(args.cube)):
-        raise UserError(f"--cube must be above 0, not {args.cube}")
-    hint = {
-        "center_uvd": args.center and parse_numbers(args.center, 3, "--center"),
-        "bbox": args.bbox and parse_numbers(args.bbox, 4, "--bbox"),
-    }
+    hint = {"center_uvd": args.center, "bbox": args.bbox}
     sequences = [list_frames(path) if path.is_dir() else [path] for path in args.input]
     total = sum(map(len, sequences))
     estimator = HandPoseEstimator(
         args.model,
-        depth_camera.camera,
+        args.camera.camera,
         joints=args.joints,
         cube_mm=args.cube,
         hand=args.hand,
         device=args.device,
         frames=total,
     )
-    with PredictionWriter(args.out, estimator, depth_camera, total, args.video, args.plot3d) as writer:
-        good = predict_all(estimator, depth_camera, sequences, hint, writer)
+    with PredictionWriter(args.out, estimator, args.camera, total, args.video, args.plot3d) as writer:
+        good = predict_all(estimator, args.camera, sequences, hint, writer)
     if good == total:
         return 0
     return SOME_FAILED if good else 1
@@ -358,8 +373,7 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
     for files in sequences:
         near_uvd = None
         for path in files:
-            started = time.perf_counter()
-            depth_mm = None
+            started, depth_mm = time.perf_counter(), None
             try:
                 depth_mm = read_depth(path, depth_camera)
                 pose = estimator(depth_mm, **hint, near_uvd=near_uvd)

@@ -23,10 +23,11 @@ class PredictionWriter:
 
     predictions.json: `format`, `version` (1), `model`, `joints` (the data set whose joint order it
     is), `hand`, `cube_mm`, `camera`, `depth_unit_mm`, `chains` (joint indices from the palm outwards:
-    thumb to little finger), and `frames`, one line each: `frame` (its file), `joints` ([J]: `xyz` mm,
-    `uvd` px px mm, `confidence` 0..1) or null, `center_uvd` or null, `reason` (null, or why there are
-    no joints). predictions.csv: a line a joint. overlay/NUMBER_NAME.png, and with `plot3d`
-    views/NUMBER_NAME.png. A sequence also makes film.mp4 or film.gif.
+    thumb to little finger; NYU's sixth is the wrist), and `frames`, one line each: `frame` (its file),
+    `joints` ([J]: `xyz` mm, `uvd` px px mm, `confidence` 0..1) or null, `center_uvd` or null, `reason`
+    (null, or why there are no joints). predictions.csv: a line a joint. overlay/NUMBER_NAME.png, and
+    with `plot3d` views/NUMBER_NAME.png. A sequence of which a frame can be read also makes film.mp4 or
+    film.gif.
 
     A context manager: the files take their names when it ends without an error.
     Raises UserError where the folder cannot be written.
@@ -36,20 +37,16 @@ class PredictionWriter:
         self.out, self.estimator, self.depth_camera = Path(out), estimator, depth_camera
         self.total, self.plot3d, self.count = total, plot3d, 0
         self.video = video if total > 1 else "none"
-        self.names = ["predictions.json", "predictions.csv", "overlay/"]
-        self.names += ["views/"] * plot3d + [f"film.{self.video}"] * (self.video != "none")
+        self.chains = finger_chains(estimator.dataset)
+        self.names = ["predictions.json", "predictions.csv"]  # of what was written
+        self._film = None
 
     def __enter__(self):
         with ExitStack() as stack:
             self._json, self._csv = (
                 stack.enter_context(stack.enter_context(atomic_path(self.out / name)).open("w", newline=""))
-                for name in self.names[:2]
+                for name in self.names
             )
-            self._film = None
-            if self.video != "none":
-                film = {"mp4": Mp4, "gif": Gif}[self.video]
-                path = stack.enter_context(atomic_path(self.out / self.names[-1]))
-                self._film = stack.enter_context(film(path, self.total))
             lines = (f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in self._head().items())
             self._json.write("{\n" + "".join(lines) + ' "frames": [')
             self._table = csv.writer(self._csv)
@@ -73,7 +70,7 @@ class PredictionWriter:
             "cube_mm": estimator.cube_mm,
             "camera": self.depth_camera.camera._asdict(),
             "depth_unit_mm": self.depth_camera.unit_mm,
-            "chains": estimator.dataset.config,
+            "chains": self.chains,
         }
 
     def write(self, path, depth_mm, pose):
@@ -82,15 +79,41 @@ class PredictionWriter:
         self._json.write(json.dumps({"frame": str(path), **_record(pose)}))
         self._table.writerows(_rows(path, pose))
         if depth_mm is not None:
-            name, chains = f"{self.count:06d}_{Path(path).stem}.png", self.estimator.dataset.config
-            picture = draw_overlay(depth_mm, pose, chains)
-            write_picture(self.out / "overlay" / name, picture)
-            if self._film:
-                self._film.add(picture, self.count)
+            name, camera = f"{self.count:06d}_{Path(path).stem}.png", self.depth_camera.camera
+            picture = draw_overlay(depth_mm, pose, self.chains)
+            self._write_picture("overlay/", name, picture)
+            if self.video != "none":
+                self._add_to_film(picture)
             if self.plot3d and pose.reason is None:
-                views = draw_views(depth_mm, pose, self.depth_camera.camera, self.estimator.cube_mm, chains)
-                write_picture(self.out / "views" / name, views)
+                views = draw_views(depth_mm, pose, camera, self.estimator.cube_mm, self.chains)
+                self._write_picture("views/", name, views)
         self.count += 1
+
+    def _write_picture(self, folder, name, picture):
+        write_picture(self.out / folder / name, picture)
+        self._announce(folder)
+
+    def _add_to_film(self, picture):
+        # Begun with the first picture: where no frame can be read there is no film.
+        if self._film is None:
+            name = f"film.{self.video}"
+            path = self._stack.enter_context(atomic_path(self.out / name))
+            self._film = self._stack.enter_context({"mp4": Mp4, "gif": Gif}[self.video](path, self.total))
+            self._announce(name)
+        self._film.add(picture)
+
+    def _announce(self, name):
+        if name not in self.names:
+            self.names.append(name)
+
+
+def finger_chains(dataset):
+    """Return a data set's chains, joint indices from the palm outwards: thumb to little finger first."""
+    chains = dataset.config
+    if dataset.name == "NYU":
+        # Its skeleton, as published, calls the fingers the other way round than its labels have them.
+        return [chains[0], *chains[4:0:-1], *chains[5:]]
+    return chains
 
 
 def _record(pose):
@@ -164,7 +187,7 @@ class Mp4:
     def __enter__(self):
         return self
 
-    def add(self, picture, index):
+    def add(self, picture):
         """Append an RGB picture."""
         if self.writer is None:
             self.size = picture.shape[1::-1]
@@ -182,19 +205,20 @@ class Gif:
     """A small film of at most GIF_FRAMES evenly spaced pictures, which is all it keeps in memory."""
 
     def __init__(self, path, total):
-        self.path, self.step, self.pictures = path, -(-total // GIF_FRAMES), []
+        self.path, self.step, self.pictures, self.count = path, -(-total // GIF_FRAMES), [], 0
 
     def __enter__(self):
         return self
 
-    def add(self, picture, index):
-        """Append an RGB picture if its index is one of those shown."""
-        if index % self.step == 0:
+    def add(self, picture):
+        """Append an RGB picture if it is one of those shown."""
+        if self.count % self.step == 0:
             height, width = picture.shape[:2]
             small = cv2.resize(
                 picture, (GIF_WIDTH_PX, GIF_WIDTH_PX * height // width), interpolation=cv2.INTER_AREA
             )
             self.pictures.append(small)
+        self.count += 1
 
     def __exit__(self, *error):
         if self.pictures and error[0] is None:

@@ -67,8 +67,8 @@ def crop_intrinsics(intrinsics: Tensor, boxes_px: Tensor, size_px: tuple) -> Ten
 def render_depth(surface: Surface, intrinsics: Tensor, size_px: tuple) -> Tensor:
     """Return the depth (z, mm) [B, height, width] of the nearest surface, inf where none is.
 
-    intrinsics: fx, fy, u0, v0 as [4] or [B, 4]; size_px: (width, height). Primitives nearer than NEAR_MM are
-    left out.
+    intrinsics: fx, fy, u0, v0 as [4] or [B, 4], those of crops from `crop_intrinsics`; size_px: (width,
+    height). Primitives nearer than NEAR_MM are left out.
     """
     width, height = size_px
     picture = surface.spheres.new_full((len(surface.spheres) * height * width,), math.inf)

@@ -11,7 +11,7 @@ import torch
 import distributed
 from checkpoints import draw_seed, load_checkpoint, resolve_device, seed_everything
 from datasets import DATASETS, MSRADataset, test_labels_uvd
-from engine import picture_of, predict, train_one_epoch, validate
+from engine import Progress, picture_of, predict, train_one_epoch, validate
 from frames import FrameError
 from loading import EpochSampler, PartSampler, ending_workers, make_loader
 from metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
@@ -85,13 +85,11 @@ def train(args):
     args.gpu_id = distributed.start(args.device, args.gpu_id)
     try:
         device = resolve_device(args.device, args.gpu_id)
-        saved = distributed.share(load_state(args) if distributed.is_main() else None)
-        args.seed = saved["seed"] if saved else distributed.share(args.seed or draw_seed())
+        saved = distributed.from_main(lambda: load_state(args))
+        args.seed = saved["seed"] if saved else distributed.from_main(lambda: args.seed or draw_seed())
         seed_everything(args.seed)
         train_set, train_indices, val_set, val_indices = open_splits(args)
-        batch_size = min(args.batch_size, len(train_indices))
-        if batch_size < args.batch_size:
-            print(f"batches of {batch_size}, for there are no more training frames")
+        batch_size = usable_batch_size(args, len(train_indices))
         network = build_network(args, train_set.joint_number, device)
         state = RunState(args, network, (train_set, val_set))
         if saved:
@@ -114,6 +112,16 @@ def train(args):
         distributed.stop()
 
 
+def usable_batch_size(args, frames):
+    """Return --batch_size, or less where there are fewer training frames; say so."""
+    most = frames - frames % distributed.world_size()
+    if not most:
+        raise UserError(f"{frames} training frames are too few for {distributed.world_size()} processes")
+    if most < args.batch_size and distributed.is_main():
+        print(f"batches of {most}, for there are no more training frames")
+    return min(args.batch_size, most)
+
+
 def train_epoch(state, train_loader, val_loader, device):
     """Train and validate one epoch, or the rest of one, and record it."""
     args, started = state.args, time.perf_counter()
@@ -121,9 +129,10 @@ def train_epoch(state, train_loader, val_loader, device):
     try:
         train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, state.progress, state)
         if not state.progress.good_steps:
+            state.progress = Progress()  # the epoch begins anew once its frames are mended
             raise UserError(f"no step of epoch {state.epoch + 1} could be applied: see the warnings above")
         val_mm, val_loss = validate(state.network, val_loader, device, args, state.progress, state)
-    except UserError:
+    except (UserError, RuntimeError):  # torch raises RuntimeError where another process or the GPU is lost
         # A signal to the whole process group ends the loading processes, maybe before it is looked at.
         state.agreed_signal = state.signal
         state.save(state.progress)
@@ -136,7 +145,7 @@ def train_epoch(state, train_loader, val_loader, device):
             "val_mm": val_mm,
             "lr": state.scheduler.get_last_lr()[0],
             "bad_steps": state.progress.bad_steps,
-            "refused": distributed.total(state.progress.refused, device),
+            "refused": state.progress.refused,
             "seconds": round(time.perf_counter() - started, 2),
         }
     )
@@ -148,9 +157,17 @@ def train_epoch(state, train_loader, val_loader, device):
 
 
 def folds(args):
-    """Return a copy of the options for each subject that --subject names."""
+    """Return a copy of the options for each subject that --subject names.
+
+    Of `all`, those that were not begun when the others stopped begin where --resume asks to go on.
+    """
     subjects = range(MSRADataset.subjects) if args.subject == "all" else [args.subject]
-    return [Namespace(**{**vars(args), "subject": subject}) for subject in subjects]
+    options = [Namespace(**{**vars(args), "subject": subject}) for subject in subjects]
+    if len(options) > 1 and getattr(args, "resume", None):
+        begun = any(checkpoint_path(run_name(fold), "last").is_file() for fold in options)
+        for fold in options:
+            fold.resume = "auto" if begun else args.resume
+    return options
 
 
 def load_network(path, joints):
@@ -204,12 +221,17 @@ def test(args):
     joints_uvd, refused = predict(network, dataset, args, device)
     print(f"{run}: {len(dataset) / (time.perf_counter() - started):.1f} frames a second on {device}")
     for error in refused[:10]:
-        print(f"warning: {error}; its joints are written as zeros")
+        print(f"warning: {error}; its joints are written as zeros, which count as such in the errors")
     if len(refused) > 10:
         print(f"warning: so are those of {len(refused) - 10} more frames")
     lines = result_lines(dataset, joints_uvd)
     write_results(Path("Result", f"{run}.txt"), lines)
-    labels_uvd = None if args.dataset == "HAND17" else test_labels_uvd(args.dataset, args.data_dir, **fold)
+    labels_uvd = None
+    if args.dataset != "HAND17":
+        try:
+            labels_uvd = test_labels_uvd(args.dataset, args.data_dir, **fold)
+        except FrameError as error:
+            print(f"warning: {error}; no errors are printed")
     return lines, joints_uvd, labels_uvd
 
 
@@ -226,7 +248,7 @@ def test_and_evaluate(args):
     lines, joints_uvd, labels_uvd = zip(*results)
     if len(results) > 1:
         write_results(Path("Result", f"{title}.txt"), sum(lines, []))
-    if labels_uvd[0] is not None:
+    if all(labels is not None for labels in labels_uvd):
         protocol = PROTOCOLS[args.dataset]
         error_mm = joint_errors_mm(
             protocol.to_xyz(np.concatenate(joints_uvd)), protocol.to_xyz(np.concatenate(labels_uvd))

@@ -91,7 +91,10 @@ class RunState:
         # TensorBoard takes seconds to import, which no other script should pay.
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(Path("logs", self.run), purge_step=self.epoch + 1)
+        try:
+            self.board = SummaryWriter(Path("logs", self.run), purge_step=self.epoch + 1)
+        except OSError as error:
+            tqdm.write(f"WARNING: no log for TensorBoard: {error}")
         try:
             yield
         finally:
@@ -210,7 +213,11 @@ class RunState:
         best, last = min(self.records, key=lambda record: record["val_mm"]), self.records[-1]
         if distributed.is_main():
             final, path = (checkpoint_path(self.run, which) for which in ("final", best["epoch"]))
-            save_checkpoint(final, self.unsaved.get(path) or load_checkpoint(path))
+            if path in self.unsaved or path.is_file():
+                save_checkpoint(final, self.unsaved.get(path) or load_checkpoint(path))
+            else:
+                print(f"WARNING: {path}, the best epoch, is gone: {final} is the last epoch")
+                save_checkpoint(final, self.checkpoint())
             write_curves(Path("logs", self.run, "curves.png"), self.records)
             print(
                 f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "
@@ -228,8 +235,12 @@ def load_state(args):
     if args.resume is None or args.resume == "auto" and not path.is_file():
         return None
     saved = load_checkpoint(path, STATE_KEYS)
-    if args.resume == "auto" and distributed.is_main():
-        print(f"resuming from {path}, epoch {saved['epoch'] + 1}, step {saved['progress']['step']}")
+    kinds = {"epoch": int, "seed": int, "options": dict, "progress": dict, "records": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(saved[key], kind)]
+    if wrong:
+        raise UserError(f"{path} is no state of a run: its {wrong[0]} is none")
+    if args.resume == "auto":
+        print(f"resuming from {path}, epoch {saved['epoch'] + 1}, step {saved['progress'].get('step')}")
     now = resolved_options(args)
     for key, value in saved["options"].items():
         seed_free = key == "seed" and args.seed == 0

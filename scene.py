@@ -142,10 +142,10 @@ def add_background(hands: Hands, noise: Noise, sensor: Sensor) -> Scene:
     )
     hands = move_to(hands, _middle(hands))
     body = _body_spheres(hands, noise)
-    absent = torch.cat(
+    present = torch.cat(
         (has_body.expand(-1, 8), noise.uniform(CLUTTER).repeat_interleave(2, 1) < sensor.wall), 1
     )
-    spheres = torch.where(absent[..., None], torch.cat((body, _clutter_spheres(body, noise)), 1), -1.0)
+    spheres = torch.where(present[..., None], torch.cat((body, _clutter_spheres(body, noise)), 1), -1.0)
     tilt = noise.uniform(2, -0.5, 0.5)
     distance = torch.where(
         noise.uniform(1) < sensor.wall, body[:, 1:2, 2] + 150 + 900 * noise.uniform(1), NO_WALL_MM
@@ -321,8 +321,6 @@ def _shadow(depth_mm: Tensor, strength: float) -> Tensor:
     A point's column in the projector's picture is u - strength / z; where a nearer surface between it and the
     projector reached as far already, light does not.
     """
-    if strength < 0:
-        return _shadow(depth_mm.flip(2), -strength).flip(2)
     columns = torch.arange(depth_mm.shape[2], device=depth_mm.device, dtype=depth_mm.dtype)
     projected = columns + strength / depth_mm
     return projected < torch.cummax(projected, 2).values - 1

@@ -12,6 +12,7 @@ import io
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,7 +30,7 @@ from annotations import MSRA_GESTURES
 from hand import joints_xyz
 from scene import SCENE_COLUMNS, SENSORS, Sensor, draw_scenes, measure, render_scene
 from transforms import xyz2uvd
-from utils import UserError, run
+from utils import UserError, run, usable_cores
 
 SPLITS = ("train", "test")
 CHUNK = 25  # frames that one task renders
@@ -256,7 +257,8 @@ def _write_icvl(folder: Path, split: str, paths: list, joints_uvd: np.ndarray, c
     # The second sequence's centres begin at line 702, however short the first one is.
     rows = np.zeros((702 + sum(name.startswith("test_seq_2/") for name in names), 3))
     for name, center in zip(names, centers):
-        rows[int(name[-8:-4]) + (702 if name.startswith("test_seq_2/") else 0)] = center
+        number = int(Path(name).stem.removeprefix("image_"))
+        rows[number + (702 if name.startswith("test_seq_2/") else 0)] = center
     _write_rows(folder / "icvl_center_test.txt", rows)
 
 
@@ -298,7 +300,12 @@ def _results(layout: str, seed: int, counts: dict, folder: Path, processes: int)
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 31))
     # Forking a process whose torch has started threads may hang: start fresh ones.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        processes,
+        multiprocessing.get_context("spawn"),
+        initializer=signal.signal,  # Ctrl-C is for the main process alone
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    ) as pool:
         waiting = {pool.submit(write_chunk, layout, seed, *task, folder): task for task in tasks}
         try:
             for future in as_completed(waiting):
@@ -326,13 +333,15 @@ def write_dataset(layout: str, counts: dict, seed: int, out: Path, processes: in
 
     It is written to `out`.partial and renamed when complete; on failure nothing stays. Raises UserError.
     """
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists: give --out the name of a new folder")
     partial = out.with_name(out.name + ".partial")
-    if out.exists():
-        raise UserError(f"{out} exists: choose another --out, or remove it")
-    if partial.exists():
-        raise UserError(f"{partial} exists: another run writes it, or one was killed; then remove it")
     try:
         partial.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{partial} exists: another run writes it, or one was killed; then remove it"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot write {partial}: {error.strerror}") from error
     try:
@@ -357,7 +366,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=200, help="test frames")
     parser.add_argument("--seed", type=int, default=1, help="0 or more; the same seed gives the same bytes")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--num_workers", type=int, default=usable_cores(), help="processes")
     args = parser.parse_args()
     for split, fewest in zip(SPLITS, FEWEST[args.layout]):
         if getattr(args, split) < fewest:

@@ -49,6 +49,13 @@ def run(main):
         return 130
 
 
+def usable_cores():
+    """Return how many cores this process may use, which on a cluster are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success it replaces `path`, on failure it is removed.

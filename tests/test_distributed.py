@@ -182,18 +182,19 @@ def test_resume_with_another_number_of_processes(first, data, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "Data").symlink_to(tmp_path / "Data")
-    train_tiny("--epoch", 4, "--opt", "sgd")
+    shared = ["--opt", "sgd", "--lr", 1e-4]
+    train_tiny("--epoch", 4, *shared)
     before = Path.cwd()
     for processes, options in ((first, ["--epoch", 2]), (3 - first, ["--epoch", 4, "--resume"])):
         if processes == 2:
-            status, _, err = torchrun("--opt", "sgd", *options, cwd=other)
+            status, _, err = torchrun(*shared, *options, cwd=other)
             assert status == 0, err
         else:
             os.chdir(other)
-            train_tiny("--opt", "sgd", *options)
+            train_tiny(*shared, *options)
             os.chdir(before)
     for one, two in zip(records(), records(other), strict=True):
-        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-4
+        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-3
 
 
 @pytest.mark.slow
@@ -217,9 +218,36 @@ def test_process_without_a_usable_frame_takes_part_in_the_step(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_stops_all_processes_in_the_same_step(data, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_frame_that_one_process_cannot_read_ends_all_with_the_state_saved(workers, data):
+    """Process 1 of 2 misses its frame of the third step: two steps were taken, and can be gone on from."""
+    lines = (data / "train.txt").read_text().splitlines()
+    order = EpochSampler(np.arange(8), 2, 5)
+    gone = order.batch(2)[1]
+    lines[gone] = lines[gone].replace(".png", "_gone.png")
+    mended = (data / "train.txt").read_text()
+    (data / "train.txt").write_text("\n".join(lines))
+    options = ["--batch_size", 2, "--epoch", 1, "--num_workers", workers]
+    status, _, err = torchrun(*options)
+    assert status != 0 and f"error: {data}" in err and "_gone.png" in err
+    assert err.count("error: another process could not go on") == 1 and "]: Traceback" not in err
+    assert load_checkpoint(LAST, STATE_KEYS)["progress"]["step"] == 2
+    (data / "train.txt").write_text(mended)
+    train_tiny(*options, "--resume")
+    assert len(records()) == 1
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_wrong_at_the_start_is_said_without_a_traceback(data):
+    status, _, err = torchrun("--resume")
+    assert status != 0 and f"error: {LAST} not found" in err and "]: Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_sigterm_stops_all_processes_in_the_same_step(workers, data, tmp_path):
     repeat_lines(data / "train.txt", 400)
-    options = ["--batch_size", "2", "--epoch", "1", "--save_minutes", "0"]
+    options = ["--batch_size", "2", "--epoch", "1", "--num_workers", workers, "--save_minutes", "0"]
     process = subprocess.Popen([*TRAIN, *options], stderr=subprocess.PIPE, text=True)
     while not LAST.is_file():
         assert process.poll() is None
@@ -229,7 +257,8 @@ def test_sigterm_stops_all_processes_in_the_same_step(data, tmp_path):
     assert process.returncode != 0 and err.count("stopped by SIGTERM in epoch 1 after step ") == 2
     saved = load_checkpoint(LAST, STATE_KEYS)
     step = saved["progress"]["step"]
-    assert step % 20 == 0 and 0 < step < 200 and f"after step {step};" in err
+    assert 0 < step < 200 and f"after step {step};" in err
+    assert workers == "1" or step % 20 == 0
     train_tiny(*options[:4], "--resume")
     (record,) = records()
     assert record["epoch"] == 1 and torch.isfinite(torch.tensor(record["loss"]))

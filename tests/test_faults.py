@@ -85,7 +85,7 @@ def test_finite_loss_with_a_gradient_that_is_not_is_bad_too(data, monkeypatch):
         return None, {"root": (0 * next(network.parameters()).sum()).sqrt()}
 
     monkeypatch.setattr(engine, "forward_losses", root_of_zero)
-    loss, bad = train_step(network, build_optimizer(args, network.parameters()), None, args)
+    loss, bad, *_ = train_step(network, build_optimizer(args, network.parameters()), None, args)
     assert loss == 0 and bad == 1
     assert_same_values(copied(network), before)
 
@@ -111,8 +111,8 @@ def test_bad_step_is_counted_and_its_frames_are_named(data, monkeypatch, capfd):
     assert record["bad_steps"] == 1 and np.isfinite(record["loss"])
 
 
-@pytest.mark.parametrize("calls, epoch", [({1, 2, 3}, 0), ({2, 3, 4, 5}, 1)])
-def test_too_many_bad_steps_end_the_run_with_its_state_saved(calls, epoch, data, monkeypatch):
+@pytest.mark.parametrize("calls, epoch, good", [({1, 2, 3}, 0, 0), ({2, 3, 4, 5}, 1, 1)])
+def test_too_many_bad_steps_end_the_run_with_its_state_saved(calls, epoch, good, data, monkeypatch):
     """Within an epoch, and from one to the next."""
     spoil_steps(monkeypatch, calls)
     limit = len(calls) - 1
@@ -121,7 +121,8 @@ def test_too_many_bad_steps_end_the_run_with_its_state_saved(calls, epoch, data,
     ):
         train_tiny("--max_bad_steps", limit)
     saved = load_checkpoint(LAST, STATE_KEYS)
-    assert saved["epoch"] == epoch and saved["progress"]["bad_in_a_row"] == len(calls)
+    assert (saved["epoch"], saved["progress"]["step"]) == (epoch, 3)
+    assert (saved["progress"]["good_steps"], saved["progress"]["bad_steps"]) == (good, 3 - good)
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
 
 
@@ -132,9 +133,12 @@ def test_as_many_bad_steps_as_allowed_do_not_end_it(data, monkeypatch):
 
 
 def test_epoch_without_a_good_step_is_none(data, monkeypatch):
-    spoil_steps(monkeypatch, {1, 2, 3})
-    with pytest.raises(UserError, match="no step of epoch 1 could be applied"):
-        train_tiny()
+    with monkeypatch.context() as patch:
+        spoil_steps(patch, {1, 2, 3})
+        with pytest.raises(UserError, match="no step of epoch 1 could be applied"):
+            train_tiny()
+    train_tiny("--resume")
+    assert [record["bad_steps"] for record in records()] == [0, 0]
 
 
 # Frames that go bad in the middle of training
@@ -190,10 +194,10 @@ def train_with_damage(monkeypatch, name, damage, *arguments):
     """
     frames, damages = DATASETS[name](label_size=16, image_size=32, targets=False), [damage]
 
-    def no_step(*_):
+    def no_step(network, optimizer, samples, args, *counts):
         if damages:
             damages.pop()(frames)
-        return torch.zeros(2)
+        return torch.tensor([0.0, 0.0, *counts])
 
     class NeverDue:
         def due(self, step):
@@ -396,6 +400,9 @@ def test_tensorboard_without_space_does_not_end_the_run(data, monkeypatch, capfd
     train_tiny()
     assert capfd.readouterr().out.count("WARNING: TensorBoard's log ends here: No space left") == 1
     assert len(records()) == 2
+    monkeypatch.setattr(SummaryWriter, "__init__", full)
+    train_tiny("--suffix", "other")
+    assert capfd.readouterr().out.count("WARNING: no log for TensorBoard: [Errno 28] No space left") == 1
 
 
 @pytest.mark.slow

@@ -1,17 +1,20 @@
 """Random damage to every kind of file ends in a clear error, a refused frame, or does no harm.
 
 The damage is done in a process of its own, so that a crash or a hang there fails a test here:
-`python tests/test_fuzz.py FOLDER CASES` damages the data set in FOLDER, file after file.
+`python tests/test_fuzz.py Data/NYU CASES` damages that data set and the run states in Model, file after file.
 """
 
 import hashlib
+import io
 import json
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import cache as remember
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,13 +29,19 @@ import runs
 from annotations import build_cache, build_index, sources
 from checkpoints import load_checkpoint, save_checkpoint
 from datasets import DATASETS
+from engine import Progress
 from frames import FrameError
 from model import PixelwiseRegression
-from runs import load_network
+from options import parse_train
+from runs import build_network, load_network, open_splits
+from runstate import RunState, load_state
+from synthetic import write_dataset
 from utils import UserError
 
 CASES = 2000
-# What is damaged in each data set.
+# Rendered training and test frames: three for each file that holds a line a frame, MSRA's P0/1/joint.txt too.
+FRAMES = {"NYU": (3, 1), "ICVL": (3, 2), "MSRA": (16, 35), "HAND17": (4, 3)}
+# What is damaged of each data set.
 TARGETS = {
     "NYU": [
         "train.txt",
@@ -40,7 +49,8 @@ TARGETS = {
         "train/joint_data.mat",
         "train/*.png",
         "train.cache",
-        "*.pt",
+        "network.pt",
+        "*_last.pt",
     ],
     "ICVL": [
         "train.txt",
@@ -50,12 +60,13 @@ TARGETS = {
         "Training/Depth/*/*.png",
         "train.cache",
     ],
-    "MSRA": ["train_0.txt", "P1/1/joint.txt", "P1/1/*.bin", "frames.cache"],
+    "MSRA": ["train_0.txt", "P0/1/joint.txt", "P1/*/*.bin", "frames.cache"],
     "HAND17": [
         "train.txt",
         "hands17_center_train.txt",
         "training/Training_Annotation.txt",
         "frame/BoundingBox.txt",
+        "test.txt",
         "training/images/*.png",
         "train.cache",
     ],
@@ -74,6 +85,7 @@ NUMBERS = [
     b"1_0",
     b"0x1f",
 ]
+VALUES = [None, True, -1, 0, 10**30, float("nan"), float("inf"), "", "1", [], [None], {}, {"1": 1}]
 
 
 # Damage: functions of (bytes, random generator)
@@ -117,8 +129,27 @@ def replace_numbers(data, rng):
     )
 
 
-DAMAGES = [flip_bytes, overwrite_bytes, truncate, repeat_part]
+def empty(data, rng):
+    return b""
+
+
+def replace_value(data, rng):
+    """Put something else in the place of a value of a checkpoint, whose checksums stay right."""
+    checkpoint = inside = torch.load(io.BytesIO(data), weights_only=True)
+    while True:
+        key = rng.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
+        if not isinstance(inside[key], (dict, list)) or not inside[key] or rng.random() < 0.3:
+            break
+        inside = inside[key]
+    inside[key] = rng.choice(VALUES)
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
+
+
+DAMAGES = [flip_bytes, overwrite_bytes, truncate, empty, repeat_part]
 TEXT_DAMAGES = [*DAMAGES, shuffle_lines, double_lines, replace_numbers]
+CHECKPOINT_DAMAGES = [*DAMAGES, *[replace_value] * 5]
 
 
 # What reads the files: functions of (data set, folder) that count outcomes
@@ -126,7 +157,17 @@ TEXT_DAMAGES = [*DAMAGES, shuffle_lines, double_lines, replace_numbers]
 
 def read_split(name, root, outcomes):
     """Read index, centres and frames as training does, and judge frames as the check does."""
-    frames = DATASETS[name](path=root, dataset="train", label_size=16, image_size=32)
+    read_samples(DATASETS[name](path=root, dataset="train", label_size=16, image_size=32), outcomes)
+
+
+def read_boxes(name, root, outcomes):
+    """Read the test split by its bounding boxes, which its index holds."""
+    read_samples(
+        DATASETS[name](path=root, dataset="test", test_only=True, process_mode="bb", image_size=32), outcomes
+    )
+
+
+def read_samples(frames, outcomes):
     for index in range(min(len(frames), 4)):
         try:
             sample = frames[index, 7]
@@ -151,15 +192,38 @@ def read_weights(_, root, outcomes):
     outcomes["network"] += 1
 
 
+def read_state(_name, _root, outcomes):
+    """Take over a run's state as --resume does."""
+    state = new_state()
+    state.restore(load_state(state.args))
+    outcomes["state"] += 1
+
+
+def new_state():
+    """Return the state of a training run that has not begun, in a workplace with an NYU data set."""
+    words = (
+        "--suffix fuzz --label_size 16 --features 32 --level 1 --stages 1 --seed 1 --resume --num_workers 0"
+    )
+    args = parse_train("", [*words.split(), "--device", "cpu"])
+    train_set, _, val_set, _ = open_splits(args)
+    network = build_network(args, train_set.joint_number, torch.device("cpu"))
+    return RunState(args, network, (train_set, val_set))
+
+
 def assert_one_line(error):
     assert str(error) and "\n" not in str(error), repr(str(error))
 
 
-def readers_of(file):
-    if file.endswith(".pt"):
-        return [read_weights]
-    official = re.search(r"labels|joint|Annotation|BoundingBox", file)
-    return [read_annotations] if official else [read_split]
+def reader_of(path):
+    if path.suffix == ".pt":
+        return read_state if path.stem.endswith("_last") else read_weights
+    if path.name == "test.txt":
+        return read_boxes
+    return read_annotations if re.search(r"labels|joint|Annotation|BoundingBox", path.name) else read_split
+
+
+def damages_of(path):
+    return {".pt": CHECKPOINT_DAMAGES, ".txt": TEXT_DAMAGES}.get(path.suffix, DAMAGES)
 
 
 def hashes(root):
@@ -172,29 +236,26 @@ def hashes(root):
 
 def fuzz(name, root, cases):
     """Damage one file after another, and put each back; return how often each thing came of it."""
-    outcomes, whole = Counter(), hashes(root)
-    targets = [sorted(root.glob(pattern)) for pattern in TARGETS[name]]
+    outcomes, whole = Counter(), hashes(Path())
+    targets = [sorted([*root.glob(pattern), *Path("Model").glob(pattern)]) for pattern in TARGETS[name]]
     assert all(targets), targets
     for case in range(cases):
         rng = random.Random(f"{name} {case}")
         path = rng.choice(targets[case % len(targets)])
-        text = path.suffix == ".txt"
-        damage, data = rng.choice(TEXT_DAMAGES if text else DAMAGES), path.read_bytes()
+        damage, data = rng.choice(damages_of(path)), path.read_bytes()
         print(f"{name} {case} {damage.__name__} {path}", file=sys.stderr, flush=True)
         path.write_bytes(damaged := damage(data, rng))
         cache._noticed.clear()
-        file = path.relative_to(root).as_posix()
         before = outcomes.total()
-        for read in readers_of(file):
-            try:
-                read(name, root, outcomes)
-            except UserError as error:
-                assert_one_line(error)
-                outcomes["error"] += 1
+        try:
+            reader_of(path)(name, root, outcomes)
+        except UserError as error:
+            assert_one_line(error)
+            outcomes["error"] += 1
         assert outcomes.total() > before
         assert path.read_bytes() == damaged
         path.write_bytes(data)
-    assert hashes(root) == whole, "a file was changed"
+    assert hashes(Path()) == whole, "a file was changed"
     return outcomes
 
 
@@ -214,18 +275,30 @@ def damage_in_process(root, cases):
         capture_output=True,
         text=True,
         timeout=280,
-        cwd=root.parent.parent,
     )
     assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory):
+    """Return a function from a data set's name to a rendered one without index, not to be changed."""
+
+    @remember
+    def render(name):
+        root = tmp_path_factory.mktemp("rendered") / name
+        write_dataset(name, dict(zip(("train", "test"), FRAMES[name])), 1, root, 1)
+        return root
+
+    return render
+
+
 @pytest.fixture
-def prepared(fresh):
-    """Return a function that makes a data set with index and cache, and a network's checkpoint."""
+def prepared(workplace, rendered):
+    """Return a function that makes a rendered data set with index and cache, and a network's checkpoint."""
 
     def prepare(name):
-        root = fresh(name)
+        root = Path(shutil.copytree(rendered(name), Path("Data", name)))
         build_index(name, root)
         build_cache(name, root)
         torch.manual_seed(0)
@@ -233,19 +306,34 @@ def prepared(fresh):
         save_checkpoint(
             root / "network.pt", {"state_dict": network.state_dict(), "model_param": network.param, "seed": 1}
         )
-        return root.resolve()
+        return root
 
     return prepare
 
 
+def write_state():
+    """Write the state of a run after an epoch of one step."""
+    state = new_state()
+    for weights in state.network.parameters():
+        weights.grad = torch.zeros_like(weights)
+    state.optimizer.step()
+    state.epoch, state.records = 1, [{"epoch": 1, "loss": 0.1, "val_loss": 0.1, "val_mm": 9.0, "lr": 1e-3}]
+    state.save(Progress())
+
+
 def test_a_few_damaged_files(prepared):
-    damage_in_process(prepared("NYU"), 36)
+    root = prepared("NYU")
+    write_state()
+    damage_in_process(root, 40)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(DATASETS))
 def test_damaged_files(name, prepared, capsys):
-    counts = damage_in_process(prepared(name), CASES // len(DATASETS))
+    root = prepared(name)
+    if name == "NYU":
+        write_state()
+    counts = damage_in_process(root, CASES // len(DATASETS))
     with capsys.disabled():
         print(f" {name}: {counts} ", end="")
     assert counts["error"] and counts["refused"] > CASES / 100

@@ -1,13 +1,12 @@
 """Command lines and their YAML defaults."""
 
-import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from options import parse_test, parse_train
-from utils import UserError
+from utils import UserError, usable_cores
 
 # Names, defaults and meanings that the published scripts had.
 PUBLISHED_DEFAULTS = dict(
@@ -26,7 +25,7 @@ PUBLISHED_DEFAULTS = dict(
     using_flip=0,
     gpu_id=0,
     epoch=50,
-    num_workers=os.cpu_count(),
+    num_workers=usable_cores(),
     stages=2,
     features=128,
     level=4,
@@ -173,6 +172,10 @@ def test_written_options_read_back_alike(tmp_path):
         ("--beta1 1", "--beta1 must be at least 0 and below 1"),
         ("--beta2 -0.1", "--beta2 must be at least 0 and below 1"),
         ("--weight_decay -1", "--weight_decay must be 0 or more"),
+        ("--lambda_h nan", "--lambda_h must be 0 or more"),
+        ("--lr_decay -1", "--lr_decay must be 0 or more"),
+        ("--seed -1", "--seed must be 0 to 4294967295"),
+        ("--seed 5000000000", "--seed must be 0 to 4294967295"),
         ("--num_workers -1", "--num_workers must be 0 or more"),
         ("--kernel_size 6", "--kernel_size must be odd"),
         ("--kernel_size 9 --label_size 4", "--kernel_size must be odd and below twice --label_size"),

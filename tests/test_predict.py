@@ -14,7 +14,8 @@ from cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
 from checkpoints import save_checkpoint
 from datasets import DATASETS, prepare_crop
 from model import PixelwiseRegression
-from predict import HandPoseEstimator, _middle
+from predict import HandPoseEstimator, _middle, load_model
+from predictions import finger_chains
 from transforms import Camera, Frame
 from utils import UserError
 
@@ -82,10 +83,12 @@ def test_a_data_sets_own_frame_gives_what_test_py_gives(name, fresh_indexed, scr
 
 
 def test_the_crop_is_the_data_sets_to_the_last_bit(fresh_indexed):
-    dataset = DATASETS["NYU"](path=fresh_indexed("NYU"), dataset="test", test_only=True)
-    frame, center_uvd, window = dataset.locate(0)
-    own = prepare_crop(frame, center_uvd, dataset.cube_of(0), dataset.camera, window=window)
-    for ours, theirs in zip(own, dataset.sample(0)):
+    sizes = {"image_size": 64, "label_size": 32}
+    dataset = DATASETS["NYU"](path=fresh_indexed("NYU"), dataset="test", test_only=True, **sizes)
+    estimator = HandPoseEstimator(save_network(Path("small.pt"), 14, dataset="NYU"), "NYU", device="cpu")
+    depth_mm = read_depth(dataset.frame_path(0), PRESETS["NYU"])
+    own = estimator._locate(depth_mm, dataset.center_uvd(0), None, None).crop
+    for ours, theirs in zip(own, dataset.sample(0), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -140,36 +143,60 @@ def test_the_script_writes_what_the_call_returns_and_goes_on_after_bad_frames(tm
 
 def test_the_script_takes_a_presets_name_and_a_center(tmp_path, model):
     frame = write_png(tmp_path / "frame.png", (hand_frame() * 8).astype(np.uint16))
-    options = ["--camera", "SR305", "--center", "320,240,500", "--model", model, "--device", "cpu"]
+    options = ["--camera", "SR305", "--center", "320,240,510", "--model", model, "--device", "cpu"]
     done = run_process("predict.py", frame, *options, cwd=tmp_path)
     assert done.status == 0, done.err
     result = json.loads((tmp_path / "Result/predict/predictions.json").read_text())
     assert result["depth_unit_mm"] == 0.125
-    assert result["frames"][0]["center_uvd"] == [320, 240, 500]
+    assert result["frames"][0]["center_uvd"] == [320, 240, 510]
     assert not (tmp_path / "Result/predict/film.mp4").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["frame.png", "--camera", "475,475,320"], "expected 4 numbers"),
-        (["frame.png", "--camera", "0,475,320,240"], "above 0"),
-        (["frame.png", "--camera", "absent.yml"], "cannot be read"),
-        (["frame.png", "--camera", CAMERA_TEXT], "python demo.py"),
-        (["frame.png", "--camera", CAMERA_TEXT, "--model", "absent.pt"], "absent.pt not found"),
-        (["empty", "--camera", CAMERA_TEXT, "--model", "small.pt"], "no depth frame"),
-        (["frame.png", "--camera", CAMERA_TEXT, "--model", "small.pt", "--joints", "NYU"], "21 joints"),
-        (["frame.png", "--camera", CAMERA_TEXT, "--depth_unit", "0"], "--depth_unit must be above 0"),
-        (["frame.png", "--camera", CAMERA_TEXT, "--center", "1,2"], "expected 3 numbers"),
+        (["frame.png", "--model", "absent.pt"], "absent.pt not found"),
+        (["empty", "--model", "small.pt"], "no depth frame"),
+        (["frame.png", "--model", "small.pt", "--joints", "NYU"], "21 joints"),
+        (["frame.png", "--model", "published.pt"], "say with --joints"),
     ],
 )
 def test_what_cannot_be_used_ends_in_one_line(arguments, message, workplace, model, script):
     write_png(Path("frame.png"), hand_frame())
     Path("empty").mkdir()
     Path("small.pt").write_bytes(model.read_bytes())
-    done = script("predict.py", *arguments)
+    save_network(Path("published.pt"))
+    done = script("predict.py", *arguments, "--camera", CAMERA_TEXT)
     assert done.status == 1
     assert done.err.startswith("error: ") and done.err.count("\n") == 1 and message in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--camera", "475,475,320"], "expected 4 numbers"),
+        (["--camera", "0,475,320,240"], "above 0"),
+        (["--camera", "absent.yml"], "cannot be read"),
+        (["--camera", CAMERA_TEXT, "--depth_unit", "0"], "--depth_unit must be above 0"),
+        (["--camera", CAMERA_TEXT, "--depth_unit", "nan"], "--depth_unit must be above 0"),
+        (["--camera", CAMERA_TEXT, "--cube", "-1"], "--cube must be above 0"),
+        (["--camera", CAMERA_TEXT, "--center", "1,2"], "expected 3 numbers"),
+        (["--camera", CAMERA_TEXT, "--bbox", "1,2,three,4"], "expected 4 numbers"),
+    ],
+)
+def test_wrong_options_end_with_status_2(arguments, message, workplace, script):
+    done = script("predict.py", "frame.png", "--model", "small.pt", *arguments)
+    assert done.status == 2
+    usage, line = done.err.splitlines()
+    assert usage.startswith("usage: ") and line.startswith("predict.py: error: ") and message in line
+    assert "--model" in script("predict.py", "frame.png", "--camera", CAMERA_TEXT).err.splitlines()[1]
+
+
+def test_the_joints_of_an_unnamed_checkpoint_come_from_their_number_or_the_files_name(tmp_path):
+    msra = save_network(tmp_path / "MSRA_default_subject0_final.pt")
+    assert load_model(msra, None)[1] == "MSRA"
+    assert load_model(msra, "HAND17")[1] == "HAND17"
+    assert load_model(save_network(tmp_path / "any.pt", joints=16), None)[1] == "ICVL"
 
 
 @pytest.mark.parametrize(
@@ -181,6 +208,9 @@ def test_what_cannot_be_used_ends_in_one_line(arguments, message, workplace, mod
         ("nan.npy", np.full((480, 640), np.nan), "not finite"),
         ("negative.npy", np.full((480, 640), -1.0), "negative"),
         ("metres.npy", np.full((480, 640), 0.5), "--depth_unit 1000"),
+        ("far_metres.npy", np.pad(np.full((80, 80), 0.5), 200, constant_values=25), "--depth_unit 1000"),
+        ("beyond_float32.npy", np.full((480, 640), 1e300), "not finite"),
+        ("damaged.npy", b"\x93NUMPY\x01\x00\x06\x00{'a':(", "the array cannot be read"),
         ("stack.npy", np.ones((2, 480, 640)), "expected 16-bit or float depths"),
         ("objects.npy", np.array([None]), "cannot be read"),
         ("short.bin", b"123", "24 bytes"),
@@ -202,6 +232,37 @@ def test_a_bad_frame_gets_its_reason(name, content, message, workplace, model, s
     assert done.err.startswith(f"warning: {name}: ") and done.err.count("\n") == 1 and message in done.err
     result = json.loads(Path("Result/predict/predictions.json").read_text())
     assert result["frames"][0]["joints"] is None and message in result["frames"][0]["reason"]
+
+
+def test_a_place_without_a_hand_gets_its_reason(estimator):
+    depth_mm = hand_frame()
+    near = np.full((480, 640), 500, np.uint16)
+    near[200:260, 280:360] = 30
+    for pose, message in (
+        (estimator(depth_mm, center_uvd=(20, 20, 500)), "fewer than 10 hand pixels"),
+        (estimator(depth_mm, center_uvd=(320, 240, 3)), "too near"),
+        (estimator(near, bbox=(300, 220, 20, 20)), "too near"),
+        (estimator(depth_mm, bbox=(0, 0, 20, 20)), "no depth"),
+    ):
+        assert pose.joints_xyz is None and message in pose.reason
+
+
+def test_a_second_crop_that_cannot_be_leaves_the_first(estimator, monkeypatch):
+    monkeypatch.setattr("predict._middle", lambda crop, uvd: np.array([320.0, 240.0, 1.0]))
+    assert estimator(hand_frame()).reason is None
+
+
+@pytest.mark.parametrize("hand", ["right", "left"])
+def test_hints_may_be_arrays(hand, model):
+    estimator = HandPoseEstimator(model, CAMERA, hand=hand, device="cpu")
+    depth_mm = hand_frame()
+    depth_mm[240:] += depth_mm[240:] // 50  # not flat: what lies at the centre's depth counts as empty
+    for name, hint in (("centers_uvd", (320, 240, 505)), ("bboxes", (200, 100, 240, 300))):
+        pose, same = (estimator.batch([depth_mm], **{name: [h]})[0] for h in (hint, np.array(hint)))
+        assert pose.reason is None
+        np.testing.assert_array_equal(pose.joints_xyz, same.joints_xyz)
+    pose = estimator.batch([depth_mm], np.array([[320, 240, 505]]))[0]
+    assert pose.reason is None
 
 
 def test_every_kind_of_file_is_read_to_millimetres(tmp_path, indexed):
@@ -226,10 +287,31 @@ def test_every_kind_of_file_is_read_to_millimetres(tmp_path, indexed):
     assert whole[part.top, part.left] == part.depth_mm[0, 0] and whole.sum() == part.depth_mm.sum()
 
 
-def test_a_frame_of_another_size_than_the_cameras_is_refused(tmp_path):
-    path = write_png(tmp_path / "small.png", np.full((240, 320), 500, np.uint16))
+def test_a_frame_of_another_size_than_the_cameras_is_refused(tmp_path, model):
+    depth_mm = np.full((240, 320), 500, np.uint16)
+    path = write_png(tmp_path / "small.png", depth_mm)
     with pytest.raises(UserError, match="320x240 px, the camera 640x480"):
         read_depth(path, PRESETS["D435"])
+    with pytest.raises(ValueError, match="320x240 px, the camera 640x480"):
+        HandPoseEstimator(model, "D435", device="cpu")(depth_mm)
+
+
+@pytest.mark.parametrize("video", ["mp4", "gif"])
+def test_no_film_is_made_of_frames_that_cannot_be_read(video, workplace, model, script):
+    write_png(Path("recording/1.png"), np.full((480, 640), 90, np.uint8))
+    Path("recording/2.png").write_bytes(b"")
+    options = ["--camera", CAMERA_TEXT, "--model", model, "--device", "cpu", "--video", video]
+    done = script("predict.py", "recording", *options)
+    assert done.status == 1 and "film" not in done.out
+    assert sorted(path.name for path in Path("Result/predict").iterdir()) == [
+        "predictions.csv",
+        "predictions.json",
+    ]
+
+
+def test_chains_go_from_thumb_to_little_finger():
+    for name, tips in {"NYU": [8, 6, 4, 2, 0], "MSRA": [20, 4, 8, 12, 16]}.items():
+        assert [chain[-1] for chain in finger_chains(DATASETS[name])[:5]] == tips
 
 
 def test_cameras_come_from_presets_numbers_and_files(tmp_path):

@@ -1,15 +1,20 @@
-"""Synthetic data sets: layouts that the checker accepts, the same bytes for a seed, sensors, refusals."""
+"""Synthetic data sets: layouts, the same bytes for a seed, sensors, refusals; how the demo trains."""
 
 import errno
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ON_CPU, SMALL_NETWORK, run_process
+from conftest import ON_CPU, REPO, SMALL_NETWORK, run_process
 
+import demo
 import synthetic
 from annotations import build_index
 from datasets import DATASETS
@@ -139,12 +144,23 @@ def test_the_official_quirks_are_there(roots):
     assert all(
         float(z) < 0 for z in (roots / "MSRA/P1/1/joint.txt").read_text().splitlines()[1].split()[2::3]
     )
-    assert b"2026" not in (roots / "NYU/train/joint_data.mat").read_bytes()[:116]
+    assert (roots / "NYU/train/joint_data.mat").read_bytes()[:116] == synthetic.MAT_HEADER
     boxes = (roots / "HAND17/frame/BoundingBox.txt").read_text().splitlines()
     labels = (roots / "HAND17/frame/test_annotation.txt").read_text().splitlines()
     assert (
         len(boxes) == len(labels) == 4 and len(boxes[0].split("\t")) == 5 and len(labels[0].split("\t")) == 64
     )
+
+
+def test_centres_of_icvl_go_by_image_number_beyond_10000_too(tmp_path):
+    count = 702 + 10_001
+    (tmp_path / "Testing").mkdir()
+    centers = np.arange(count)[:, None] * np.ones(3)
+    synthetic.write_labels("ICVL", tmp_path, "test", np.ones((count, 21, 3)), centers, [])
+    lines = (tmp_path / "icvl_center_test.txt").read_text().splitlines()
+    for number in (0, 1, 701, 1403, 1404, count - 1):
+        sequence, place = re.search(r"seq_(.)/image_(\d+)", frame_path("ICVL", "test", number)).groups()
+        assert lines[int(place) + 702 * (sequence == "2")].split()[0] == f"{number}.000"
 
 
 def test_joint_orders_follow_the_skeletons():
@@ -166,10 +182,17 @@ def flat_wall(sensor, depth_mm, seed=0):
 
 
 @pytest.mark.parametrize("name", SENSORS)
-def test_noise_grows_with_depth_and_numbers_are_of_the_sensor_s_unit(name):
+def test_noise_grows_with_the_square_of_depth(name):
+    fine = SENSORS[name]._replace(step_per_m2=0.0, unit_mm=1e-3)  # so that nothing but noise is seen
+    near, far = flat_wall(fine, 200), flat_wall(fine, 400)
+    assert near.std() > 50 * fine.unit_mm
+    assert 3.8 < far.std() / near.std() < 4.2
+
+
+@pytest.mark.parametrize("name", SENSORS)
+def test_numbers_are_of_the_sensor_s_unit(name):
     sensor = SENSORS[name]._replace(step_per_m2=0.0)
-    near, far = flat_wall(sensor, 250), flat_wall(sensor, 500)
-    assert 2.5 < far.std() / near.clamp(min=1).std() < 5 or sensor.unit_mm / near.std() > 1
+    far = flat_wall(sensor, 500)
     assert torch.equal((far / sensor.unit_mm).round(), far / sensor.unit_mm)
     assert abs(float(far.mean()) - 500) < 1
     assert (flat_wall(sensor, 5000) == sensor.missing_mm).all()
@@ -228,9 +251,23 @@ def test_an_existing_or_unwritable_folder_is_refused(tmp_path):
     counts = {"train": 1, "test": 1}
     with pytest.raises(UserError, match="exists"):
         write_dataset("NYU", counts, 1, tmp_path / "old", 1)
-    with pytest.raises(UserError, match="cannot write"):
-        write_dataset("NYU", counts, 1, tmp_path / "file" / "below", 1)
+    for unwritable in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="cannot write"):
+            write_dataset("NYU", counts, 1, unwritable, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "old"]
+
+
+@pytest.mark.parametrize("folder", [".", "..", "/"])
+def test_a_folder_without_a_name_exists(folder):
+    with pytest.raises(UserError, match="exists"):
+        write_dataset("NYU", {"train": 1, "test": 1}, 1, Path(folder), 1)
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path):
+    (tmp_path / "NYU.partial").mkdir()
+    with pytest.raises(UserError, match=r"NYU.partial exists: another run"):
+        write_dataset("NYU", {"train": 1, "test": 1}, 1, tmp_path / "NYU", 1)
+    assert (tmp_path / "NYU.partial").is_dir()
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -245,3 +282,40 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         write_dataset("NYU", {"train": 4, "test": 1}, 1, tmp_path / "NYU", 1)
     assert list(tmp_path.iterdir()) == []
+
+
+# A train.py that writes its process's number and waits; the second process is killed where asked for.
+TRAIN = """import os, signal, sys, time
+if "killed" in sys.argv:
+    sys.exit(0) if os.environ["RANK"] == "0" else os.kill(os.getpid(), signal.SIGKILL)
+open(os.environ["RANK"], "w").write(f"{os.getpid()}.")
+time.sleep(60)
+"""
+DEMO = """import sys, demo
+demo.load_or_render, demo.__file__, demo.usable_cores = lambda: (None, None), "demo.py", lambda: 2
+sys.exit(demo.run(demo.main))
+"""
+
+
+def test_the_demo_says_how_its_training_ended(workplace, monkeypatch):
+    (workplace / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(demo, "__file__", str(workplace / "demo.py"))
+    monkeypatch.setattr(demo, "usable_cores", lambda: 2)
+    with pytest.raises(UserError, match=r"status -9; `python demo.py` .* Model/HAND17_demo_\* is removed"):
+        demo.train_on_cores(["killed"])
+
+
+def test_sigterm_ends_the_demo_and_its_training(tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    started = subprocess.Popen(
+        [sys.executable, "-c", DEMO], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}
+    )
+    numbers = [tmp_path / "0", tmp_path / "1"]
+    while not all(path.exists() and path.read_text().endswith(".") for path in numbers):
+        assert started.poll() is None
+        time.sleep(0.02)
+    started.terminate()
+    assert started.wait(20) == 128 + signal.SIGTERM
+    for path in numbers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()[:-1]), 0)

@@ -1,6 +1,8 @@
 """Export, contact sheets and scores of marks."""
 
 import json
+import shutil
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 import torch
 from test_predict import hand_frame, save_network
 
+from predict import HandPose
 from runs import load_network
 from tools import export, score_marks, show
+from transforms import Camera
 from utils import UserError
 
 
@@ -47,6 +51,32 @@ def test_export_says_what_is_missing(monkeypatch):
         export._import_onnxruntime()
 
 
+def test_frames_that_cannot_be_read_are_passed_over(indexed, tmp_path):
+    root = shutil.copytree(indexed("NYU"), tmp_path / "NYU")
+    dataset = export.DATASETS["NYU"]
+    frames = dataset(path=root, dataset="test", test_only=True, image_size=64, label_size=32)
+    expected = frames[1]
+    frames.frame_path(0).write_bytes(b"")
+    assert torch.equal(export.make_crops(dataset, 32, 1, root)[0].img, expected.img)
+    for index in range(len(frames)):
+        frames.frame_path(index).write_bytes(b"")
+    with pytest.raises(UserError, match="no test frame"):
+        export.make_crops(dataset, 32, 1, root)
+
+
+def test_a_network_that_gives_nan_differs(model, crops):
+    network = export.Decoded(load_network(model, 21).eval())
+    answers = iter([False, True])
+
+    def broken(*inputs):
+        uvd, heatmaps = network(*inputs)
+        return (uvd * np.nan if next(answers, False) else uvd), heatmaps
+
+    with torch.no_grad():
+        apart_mm, _, _ = export.compare(network, broken, crops[:2], export.DATASETS["HAND17"].camera, 1)
+    assert np.isnan(apart_mm)
+
+
 def test_the_export_tool_prints_difference_and_speed(model, indexed, tmp_path, capsys):
     out = tmp_path / "small.pt2"
     options = ["--format", "pt2", "--data_dir", indexed("HAND17"), "--batch", "2", "--out", out]
@@ -74,20 +104,34 @@ def test_predictions_are_shown_worst_first(indexed, tmp_path):
     dataset = show.DATASETS["ICVL"](path=indexed("ICVL"), dataset="test")
     joints_uvd = np.stack([dataset.joints_uvd(index) for index in range(len(dataset))])
     joints_uvd[1, :, 2] += 20
-    errors_mm = show.measure(dataset, joints_uvd)
-    assert errors_mm[0] < 0.01 and errors_mm[1] > 19
-    assert show.choose(dataset, None, 24, errors_mm)[0] == 1
+    joints_uvd[2] = 0  # as test.py writes what it could not read
     path = tmp_path / "predictions.txt"
     np.savetxt(path, joints_uvd.reshape(len(joints_uvd), -1), fmt="%.3f")
+    errors_mm = show.measure(dataset, show.load_predictions(path, dataset))
+    assert errors_mm[0] < 0.01 and errors_mm[1] > 19
+    shown = show.choose(dataset, None, 24, errors_mm)
+    assert shown[0] == 1 and sorted([*shown, 2]) == list(range(len(dataset)))
     out = tmp_path / "sheet.png"
     options = ["--data_dir", str(indexed("ICVL")), "--predictions", str(path), "--out", str(out)]
     show.main(["--dataset", "ICVL", "--split", "test", *options])
     assert cv2.imread(str(out)) is not None
 
 
+def test_a_frame_that_cannot_be_read_takes_as_many_tiles(indexed, tmp_path):
+    root = shutil.copytree(indexed("NYU"), tmp_path / "NYU")
+    dataset = show.DATASETS["NYU"](path=root, dataset="train", targets=False)
+    dataset.frame_path(0).write_bytes(b"")
+    refused_uvd = np.full((len(dataset), 14, 3), np.nan)
+    for augment, joints_uvd, count in ((True, None, 6), (False, refused_uvd, 2), (False, None, 1)):
+        for index in (0, 1):
+            assert len(show.draw_frame(dataset, index, augment, joints_uvd, None)) == count
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--out", "sheet"], "--out sheet: give a picture's name"),
+        (["--out", "sheet.pdf"], "--out sheet.pdf: give a picture's name"),
         (["--index", "99"], "has frames 0 to"),
         (["--augment", "--split", "test"], "--augment goes with"),
         (["--count", "0"], "--count must be above 0"),
@@ -97,6 +141,18 @@ def test_predictions_are_shown_worst_first(indexed, tmp_path):
 def test_show_refuses_what_it_cannot_show(options, message, indexed):
     with pytest.raises(UserError, match=message):
         show.main(["--dataset", "NYU", "--data_dir", str(indexed("NYU")), *options])
+
+
+def test_a_mark_is_compared_with_its_own_joint():
+    joints_xyz = np.full((14, 3), 1000.0)
+    joints_xyz[0] = 3, 4, 500  # by the labels the little finger's tip
+    pose = HandPose(joints_xyz, None, None, np.array([345, 240, 500]))
+    estimator = Mock(return_value=pose, dataset=export.DATASETS["NYU"], camera=Camera(500, 500, 320, 240))
+    off_mm, center_mm = score_marks.score(estimator, None, {"pinky": np.array([320, 240, 512])})
+    assert off_mm == {"pinky": pytest.approx(13)}  # 3, 4 and 12 mm
+    assert center_mm == pytest.approx(np.hypot(25, 12))
+    with pytest.raises(UserError, match="nothing is marked"):
+        score_marks.score(estimator, None, {})
 
 
 def test_marks_are_scored_in_millimetres(model, tmp_path, capsys):

@@ -38,7 +38,7 @@ from options import parse_train
 from runs import build_network, load_network
 from runstate import build_optimizer
 from tools.export import make_crops
-from utils import atomic_path, run
+from utils import atomic_path, run, usable_cores
 
 JOINTS = 21
 FRAMES = 16  # of each rendered data set; looped over, so that they are in the page cache
@@ -289,7 +289,7 @@ def measure(args):
     device = resolve_device(args.device)
     if "loading" in args.parts:
         cv2.setNumThreads(0)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = usable_cores()
         with tempfile.TemporaryDirectory() as folder:
             for name, root in data_folders(dict(args.data), Path(folder), args.frames):
                 yield from loading_rows(name, root, args.repeats)

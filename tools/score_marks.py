@@ -16,10 +16,11 @@ import numpy as np
 
 from cameras import parse_camera, read_depth
 from predict import HandPoseEstimator
+from predictions import finger_chains
 from transforms import uvd2xyz
 from utils import UserError, run
 
-# In the order of a skeleton's chains, whose last joints are the fingertips.
+# In the order of `finger_chains`, whose last joints are the fingertips.
 FINGERS = ("thumb", "index", "middle", "ring", "pinky")
 
 
@@ -40,15 +41,18 @@ def read_marks(path):
 
 def marked_joints(dataset):
     """Return {mark: joint index}: fingertips, and the wrist where the skeleton starts there."""
-    joints = {finger: chain[-1] for finger, chain in zip(FINGERS, dataset.config)}
+    joints = {finger: chain[-1] for finger, chain in zip(FINGERS, finger_chains(dataset))}
     return joints | ({"wrist": 0} if dataset.joint_number == 21 else {})
 
 
 def score(estimator, depth_mm, marks):
     """Return ({mark: 3D distance mm} of one frame's joints, distance of its centre to the marks' mean mm).
 
-    Marks lie on the skin, joints some millimetres below it. Raises UserError where no hand is found.
+    Marks lie on the skin, joints some millimetres below it. Raises UserError where there are no marks or
+    no hand is found.
     """
+    if not marks:
+        raise UserError("nothing is marked")
     pose = estimator(depth_mm)
     if pose.reason:
         raise UserError(pose.reason)
@@ -66,7 +70,7 @@ def main(argv=None):
     """Print a line a frame and the means."""
     parser = argparse.ArgumentParser(description="Measure predictions against marks made by hand.")
     parser.add_argument("--marks", type=Path, required=True, help="JSON file with the frames beside it")
-    parser.add_argument("--model", type=Path, help="checkpoint (default: the one that ships)")
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     hand, frames = read_marks(args.marks)

@@ -20,6 +20,7 @@ from metrics import joint_errors_mm
 from transforms import joints_to_crop
 from utils import UserError, draw_crop, run, write_picture
 
+SUFFIXES = (".png", ".jpg", ".jpeg")
 TILE_PX = 192
 COLUMNS = 6
 AUGMENTATIONS = 5
@@ -72,23 +73,31 @@ def parse(argv=None):
         raise UserError("--augment goes with --split train and without --predictions")
     if args.count < 1:
         raise UserError(f"--count must be above 0, not {args.count}")
+    if args.out and args.out.suffix.lower() not in SUFFIXES:
+        raise UserError(f"--out {args.out}: give a picture's name that ends in {', '.join(SUFFIXES)}")
     return args
 
 
 def load_predictions(path, dataset):
-    """Return a result file's joints [N, J, 3], uvd. Raises UserError where it does not fit the data set."""
+    """Return a result file's joints [N, J, 3], uvd; NaN in a refused frame, where the file has zeros.
+
+    Raises UserError where it does not fit the data set.
+    """
     joints = read_joints(path, dataset.joint_number)
     if len(joints) != len(dataset):
         raise UserError(f"{path} has {len(joints)} frames, {dataset.name} {dataset.split} {len(dataset)}")
+    joints[~joints.any(axis=(1, 2))] = np.nan
     return dataset.xyz2uvd(joints) if dataset.name == "HAND17" else joints
 
 
 def measure(dataset, joints_uvd):
-    """Return {index: mean joint error in mm} of the frames that have labels."""
+    """Return {index: mean joint error in mm} of the frames that have labels and predictions."""
     if dataset.test_only:
         return {}
     errors_mm = {}
     for index, predicted_uvd in enumerate(joints_uvd):
+        if np.isnan(predicted_uvd).any():
+            continue
         try:
             true_xyz = dataset.uvd2xyz(dataset.joints_uvd(index))
         except FrameError:
@@ -113,17 +122,20 @@ def choose(dataset, indices, count, errors_mm):
 
 
 def draw_frame(dataset, index, augment, joints_uvd, error_mm):
-    """Return a frame's tiles: its crop with labels, then its augmentations or the prediction."""
+    """Return a frame's tiles, for each as many: crop with labels, then augmentations or the prediction."""
     try:
         sample = dataset.sample(index)
     except FrameError as error:
-        return [_titled(np.zeros((TILE_PX, TILE_PX, 3), np.uint8), f"{index} {error.reason}"[:34])]
+        others = AUGMENTATIONS if augment else int(joints_uvd is not None)
+        return [_titled(_blank(), f"{index} {error.reason}"[:34]), *(_blank() for _ in range(others))]
     tiles = [_tile(dataset, sample, getattr(sample, "uvd", None), str(index))]
     if augment:
         for k in range(AUGMENTATIONS):
             other = dataset[index, k]
             tiles.append(_tile(dataset, other, other.uvd, f"{index} augmented"))
-    if joints_uvd is not None:
+    if joints_uvd is not None and np.isnan(joints_uvd[index]).any():
+        tiles.append(_titled(_blank(), "not predicted"))
+    elif joints_uvd is not None:
         relative = joints_to_crop(
             joints_uvd[index], sample.com.numpy(), float(sample.box_size), dataset.image_size
         )
@@ -146,10 +158,13 @@ def _titled(picture, title):
     return picture
 
 
+def _blank():
+    return np.full((TILE_PX, TILE_PX, 3), 40, np.uint8)
+
+
 def contact_sheet(tiles, columns):
     """Return one RGB picture of tiles [TILE_PX, TILE_PX, 3], so many in a row."""
-    blank = np.full((TILE_PX, TILE_PX, 3), 40, np.uint8)
-    tiles = tiles + [blank] * (-len(tiles) % columns)
+    tiles = tiles + [_blank()] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)])
 
 

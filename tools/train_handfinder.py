@@ -9,7 +9,6 @@ like those that it will have to judge, and some around the hand.
 """
 
 import argparse
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -26,7 +25,7 @@ from hand import Noise, draw_hands, move_to
 from handfinder import REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
 from scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
 from transforms import Camera, Frame, uvd2xyz
-from utils import UserError, run
+from utils import UserError, run, usable_cores
 
 PLACES, NEAR_PLACES = 12, 5  # of a frame: surfaces, and random places around the hand
 HAND_MM, NO_HAND_MM = 60.0, 85.0  # a place nearer to the middle than this is a hand, one farther is not
@@ -154,7 +153,7 @@ def collect_all(frames, seed):
         for number, name in enumerate(SENSORS)
     ]
     # Forking a process whose torch has started threads may hang: start fresh ones.
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(usable_cores(), get_context("spawn")) as pool:
         parts = list(tqdm(pool.map(collect, tasks), "render", len(tasks), unit="task"))
     return tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
 
