@@ -293,7 +293,7 @@ def _complete_centers(source):
         return
     computed = frames.center_files(computed=True)
     print(
-        f"{absent[0]} not found: computing centres (nearest blob) into {computed[0]}; published results "
+        f"{absent[0]} not found: computing centres (of the hand found) into {computed[0]}; published results "
         "use the distributed file"
     )
     # A line whose frame has no readable name, or no file, is refused by the frame check later.

@@ -12,9 +12,9 @@ labels does not find it.
 
 A record holds the pixels inside the cube, which no augmentation moves, as uint16 where they are
 whole mm and else as float32. All is little-endian and aligned to be mapped into memory. The header
-is written last. A record also holds its file's size and time of change, which are compared for a
-sample of the frames when a cache is opened: a data set that was replaced is noticed, one frame of a
-large one may not be.
+is written last. A record also holds its file's size and time of change: a frame that changed since
+is read from its file. Some frames are compared when a cache is opened already, so that one of another
+data set is not used at all.
 """
 
 import json
@@ -88,6 +88,14 @@ def file_stamp(path):
     """Return a file's size in bytes and time of change in whole seconds, which archives keep."""
     status = os.stat(path)
     return status.st_size, int(status.st_mtime)
+
+
+def has_changed(path, stamp):
+    """Return whether a file has another `file_stamp`. A cache stands in for files that are gone."""
+    try:
+        return tuple(stamp.tolist()) != file_stamp(path)
+    except FileNotFoundError:
+        return False
 
 
 def make_record(frames, index):
@@ -208,15 +216,15 @@ class CropCache:
             row = self._find(key)
             if row is None:
                 raise CacheError("it was made for another index")
-            if self._sizes[row] and os.path.exists(path):
+            if self._sizes[row]:
                 head = os.pread(self._file, self._type.itemsize, int(self._offsets[row]))
-                if tuple(np.frombuffer(head, self._type, 1)["file_stamp"][0].tolist()) != file_stamp(path):
+                if has_changed(path, np.frombuffer(head, self._type, 1)["file_stamp"][0]):
                     raise CacheError(f"{path} has changed since it was made")
 
-    def read(self, key):
-        """Return a Crop; None where the frame's file must be read instead.
+    def read(self, key, path):
+        """Return the Crop of the frame at `path`; None where the file must be read instead.
 
-        Says so once where the key is unknown or the record is damaged.
+        Says so once where the key is unknown, the record is damaged, or the file has changed.
         """
         if not self.usable:
             return None
@@ -224,9 +232,11 @@ class CropCache:
         if row is None:
             notice(self.path, "it lacks some frames of this index, which are read from their files")
             return None
-        return self._read_record(int(self._offsets[row]), int(self._sizes[row])) if self._sizes[row] else None
+        if not self._sizes[row]:
+            return None
+        return self._read_record(int(self._offsets[row]), int(self._sizes[row]), path)
 
-    def _read_record(self, offset, size):
+    def _read_record(self, offset, size, path):
         try:
             data = os.pread(self._file, size, offset)
         except OSError:
@@ -236,7 +246,10 @@ class CropCache:
             notice(self.path, "a record is damaged; from here on frames are read from their files")
             return None
         record = np.frombuffer(data, self._type, 1)[0]
-        _, left, top, width, height, kind, _, center_uvd, joints_uvd = record
+        _, left, top, width, height, kind, stamp, center_uvd, joints_uvd = record
+        if has_changed(path, stamp):
+            notice(self.path, f"{path} has changed since it was made; such frames are read from their files")
+            return None
         depth = np.frombuffer(data, DEPTH_TYPES[kind], offset=self._type.itemsize)
         frame = Frame(depth.reshape(height, width), int(left), int(top))
         return Crop(frame, center_uvd, None if np.isnan(joints_uvd[0, 0]) else joints_uvd)

@@ -243,7 +243,7 @@ class HandDataset(Dataset):
 
         From the crop cache where there is one, else from the files. Raises FrameError.
         """
-        crop = self.cache.read(self.cache_key(index)) if self.cache else None
+        crop = self.cache.read(self.cache_key(index), self.frame_path(index)) if self.cache else None
         if crop is None or crop.joints_uvd is None and not self.test_only:
             return *self.locate(index), None if self.test_only else self.joints_uvd(index)
         return crop.frame, crop.center_uvd, None, crop.joints_uvd

@@ -11,6 +11,7 @@ from torch import nn
 
 from checkpoints import load_checkpoint
 from transforms import Camera, uvd2xyz, xyz2uvd
+from utils import UserError
 
 WEIGHTS = Path(__file__).with_name("Model") / "handfinder.pt"  # tools/train_handfinder.py makes it
 
@@ -28,10 +29,11 @@ SAME_PLACE_MM = 30.0
 REACH_MM, CROP_PX = 200.0, 40
 JUDGED_TWICE = 8
 NEAREST_MM = 80.0
-LEAST_LIKENESS = 0.0
+LEAST_LIKENESS = 2.0
 
-# What a place gains where the hand was in the frame before; nothing from this distance on.
-TRACK_BONUS, TRACK_MM = 5.0, 180.0
+# Where the hand was in the frame before, a place gains this likeness and needs none; farther away less, from
+# this distance on nothing.
+TRACK_BONUS, TRACK_MM = 8.0, 180.0
 
 SQUARE = np.ones((3, 3), np.uint8)
 
@@ -86,12 +88,13 @@ def find_center(frame, camera, near_uvd=None):
         raise ValueError("no surface is as large as a hand")
     likeness, places = judge(picture, places)
     likeness, places = judge(picture, places[np.argsort(-likeness)[:JUDGED_TWICE]])
-    bonus = 0.0
+    nearness = np.zeros(len(places))
     if last is not None:
-        bonus = TRACK_BONUS * np.maximum(1 - np.linalg.norm(places - last, axis=1) / TRACK_MM, 0)
-    best = (likeness + bonus).argmax()
-    if likeness[best] < LEAST_LIKENESS:
+        nearness = np.maximum(1 - np.linalg.norm(places - last, axis=1) / TRACK_MM, 0)
+    enough = likeness >= LEAST_LIKENESS * (1 - nearness)
+    if not enough.any():
         raise ValueError("nothing in the frame looks like a hand")
+    best = np.where(enough, likeness + TRACK_BONUS * nearness, -np.inf).argmax()
     return xyz2uvd(places[best], camera)
 
 
@@ -146,8 +149,12 @@ def crops_around(picture, places):
 @lru_cache
 def load_judge():
     """Return the trained Judge. Raises UserError where its file is missing or damaged."""
-    network = Judge()
-    network.load_state_dict(load_checkpoint(WEIGHTS, ["state_dict"])["state_dict"])
+    network, advice = Judge(), "restore it with git, or run `python -m tools.train_handfinder`"
+    try:
+        network.load_state_dict(load_checkpoint(WEIGHTS, ["state_dict"])["state_dict"])
+    except (UserError, RuntimeError) as error:
+        reason = "it holds other weights" if isinstance(error, RuntimeError) else str(error).split(":")[0]
+        raise UserError(f"the hand finder's {WEIGHTS} cannot be used ({reason}): {advice}") from None
     return network.eval()
 
 

@@ -1,8 +1,7 @@
-"""The fastest exact forward pass that a device offers; everything that predicts goes through `prepare`."""
+"""The fastest exact forward pass that a device offers, for all that runs a trained network: `prepare`."""
 
 import copy
-import os
-import shutil
+from functools import cache
 
 import torch
 from torch import nn
@@ -61,10 +60,15 @@ def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
         inputs = [x.to(memory_format=torch.channels_last) for x in (img, label_img, mask)]
         if run is None:
             exact, run = last_stage(network, inputs), network
-            for faster in ways(network, inputs, frames):
-                if moved_mm(exact.uvd, last_stage(faster, inputs).uvd) < tolerance_mm:
-                    run = faster
-                    break
+            for make in ways(network, inputs, frames):
+                try:
+                    faster = make()
+                    if moved_mm(exact.uvd, last_stage(faster, inputs).uvd) < tolerance_mm:
+                        run = faster
+                        break
+                except RuntimeError as error:  # no compiler, no Python.h, no Triton
+                    reason = str(error).strip().split("\n")[0][:80]
+                    tqdm.write(f"warning: a faster way was passed over: {type(error).__name__} ({reason})")
             return exact
         return last_stage(run, inputs)
 
@@ -72,16 +76,14 @@ def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
 
 
 def ways(network, inputs, frames):
-    """Yield what may run faster than the network on so many frames, the fastest first."""
+    """Return functions that make what may run faster than the network on so many frames, fastest first."""
     device = inputs[0].device.type
     repaid = frames >= COMPILE_FRAMES[device]
     if repaid:
         tqdm.write(f"compiling the network, which {frames} frames repay")
-    fast = compile_for(network, inputs) if repaid else network
-    if device == "cuda" and torch.cuda.is_bf16_supported():
-        yield at_bfloat16(fast)
-    if repaid:
-        yield fast
+    fast = cache(lambda: compile_for(network, inputs) if repaid else network)
+    half = [lambda: at_bfloat16(fast())] if device == "cuda" and torch.cuda.is_bf16_supported() else []
+    return half + [fast] * repaid
 
 
 def at_bfloat16(network):
@@ -98,11 +100,9 @@ def compile_for(network, inputs):
     """Return a function that runs the network compiled for such inputs, and others as it is.
 
     On a CPU a network with wide convolutions takes frames one by one, so that what WinogradConv keeps stays
-    in the processor's cache; without a C++ compiler it is returned as it is.
+    in the processor's cache. Raises RuntimeError, there at once, without a working compiler.
     """
     on_cpu = inputs[0].device.type == "cpu"
-    if on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
-        return network
     other = copy.deepcopy(network)
     if on_cpu and replace(other, is_worth_it, as_winograd):
         return one_by_one(compile_frozen(other, [x[:1] for x in inputs]))

@@ -98,7 +98,7 @@ class EpochSampler(Sampler):
         return keys[: self.steps * self.batch_size].reshape(self.steps, distributed.world_size(), -1, 2)
 
     def __len__(self):
-        return (self.steps - self.start) * self.batch_size // distributed.world_size()
+        return max(self.steps - self.start, 0) * self.batch_size // distributed.world_size()
 
     def __iter__(self):
         own = self._keys()[self.start :, distributed.rank()].reshape(-1, 2)

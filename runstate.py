@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import distributed
-from checkpoints import load_checkpoint, random_states, restore_random_states, save_checkpoint
+from checkpoints import DAMAGE, load_checkpoint, random_states, restore_random_states, save_checkpoint
 from engine import REPORT_STEPS, Progress
 from utils import Stopped, UserError, atomic_path, write_curves
 
@@ -172,7 +172,7 @@ class RunState:
             self.epoch, self.records = saved["epoch"], saved["records"]
             self.progress = Progress(**saved["progress"])
             restore_random_states(saved["random"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except DAMAGE as error:
             path, reason = checkpoint_path(self.run, "last"), " ".join(str(error).split())[:120]
             raise UserError(f"{path} does not fit this run: {reason}") from error
         if saved["index"] != self.provenance["index"] and distributed.is_main():
@@ -235,20 +235,32 @@ def load_state(args):
     if args.resume is None or args.resume == "auto" and not path.is_file():
         return None
     saved = load_checkpoint(path, STATE_KEYS)
-    kinds = {"epoch": int, "seed": int, "options": dict, "progress": dict, "records": list}
-    wrong = [key for key, kind in kinds.items() if not isinstance(saved[key], kind)]
-    if wrong:
-        raise UserError(f"{path} is no state of a run: its {wrong[0]} is none")
+    try:
+        _check_state(**{key: saved[key] for key in ("epoch", "seed", "options", "progress", "records")})
+    except DAMAGE as error:
+        raise UserError(f"{path} is no state of a run ({error}): train anew without --resume") from None
     if args.resume == "auto":
-        print(f"resuming from {path}, epoch {saved['epoch'] + 1}, step {saved['progress'].get('step')}")
+        print(f"resuming from {path}, epoch {saved['epoch'] + 1}, step {saved['progress']['step']}")
     now = resolved_options(args)
     for key, value in saved["options"].items():
         seed_free = key == "seed" and args.seed == 0
-        if key in now and key not in FREE_OPTIONS and now[key] != value and not seed_free:
+        if key in now and key not in FREE_OPTIONS and str(now[key]) != str(value) and not seed_free:
             raise UserError(
                 f"--{key} is {now[key]} here and {value} in {path}: give the same, or leave --resume out"
             )
     return saved
+
+
+def _check_state(epoch, seed, options, progress, records):
+    """Raise one of DAMAGE where saved values cannot be those of a run."""
+    if not isinstance(options, dict) or not 0 <= seed < 2**32 or epoch != len(records):
+        raise ValueError("its options, seed or epoch are none")
+    progress = asdict(Progress(**progress))
+    float(progress.pop("loss_sum"))
+    if not all(isinstance(count, int) and count >= 0 for count in progress.values()):
+        raise ValueError("its steps are none")
+    for record in records:
+        float(record["val_mm"])
 
 
 @contextmanager

@@ -100,8 +100,12 @@ def colour_depth(image):
 
 
 def draw_skeleton(picture, joints_px, chains):
-    """Draw finger chains over an RGB picture, in place; joints_px is [J, 2], (column, row)."""
-    points = [tuple(int(c) for c in point) for point in np.round(np.asarray(joints_px) * 16)]
+    """Draw finger chains over an RGB picture, in place; joints_px is [J, 2], (column, row).
+
+    Joints that are not finite are drawn in a corner.
+    """
+    joints_px = np.clip(np.nan_to_num(joints_px), -1e4, 1e4)
+    points = [tuple(int(c) for c in point) for point in np.round(joints_px * 16)]
     width = max(1, picture.shape[0] // 128)
     for chain, colour in zip(chains, FINGER_COLOURS):
         for start, end in zip(chain, chain[1:]):

@@ -172,6 +172,21 @@ def test_frames_that_changed_since_are_read_from_their_files(cached, script, cha
     assert DATASETS["HAND17"](path=root, dataset="train").cache is not None
 
 
+def test_a_frame_that_changes_under_an_open_cache_is_read_from_its_file(cached, capfd):
+    root = cached("HAND17")
+    frames, plain = (
+        DATASETS["HAND17"](path=root, dataset="train", targets=False, use_cache=use) for use in (True, False)
+    )
+    path = frames.frame_path(1)
+    assert cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) + np.uint16(1))
+    os.utime(path, (0, 1))
+    capfd.readouterr()
+    for index in [*range(len(frames))] * 2:
+        assert_same(frames.sample(index), plain.sample(index))
+    notices = capfd.readouterr().err.splitlines()
+    assert len(notices) == 1 and f"{path} has changed since" in notices[0] and frames.cache.usable
+
+
 def test_other_settings_do_not_use_the_cache(cached, capfd):
     root = cached("NYU")
     for options in ({"cube_size": 140}, {"fx": 600.0}):

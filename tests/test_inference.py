@@ -51,7 +51,7 @@ def test_a_faster_way_that_moves_the_answer_is_not_taken(network, monkeypatch):
         calls.append(inputs)
         return [stage._replace(uvd=stage.uvd + 0.001) for stage in network(*inputs)]
 
-    monkeypatch.setattr(inference, "ways", lambda *_: [another])
+    monkeypatch.setattr(inference, "ways", lambda *_: [lambda: another])
     forward = prepare(network, torch.device("cpu"))
     for batch in (2, 2):
         assert_same(network, forward, batch)
@@ -71,6 +71,16 @@ def test_long_work_is_compiled_and_a_last_short_batch_is_not(network, monkeypatc
     forward = prepare(network, torch.device("cpu"), frames=5)
     for batch in (2, 2, 1):
         assert_same(network, forward, batch)
+
+
+@pytest.mark.slow
+def test_without_a_working_compiler_the_network_runs_as_it_is(network, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
+    torch.compiler.reset()
+    assert_same(network, prepare(network, torch.device("cpu"), frames=5), 2)
+    assert "warning: a faster way was passed over" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -192,9 +192,9 @@ class RunsCode:
     [
         (lambda state: {**state, "records": RunsCode()}, "was refused unread"),
         (lambda state: {**state, "optimizer": {}}, "does not fit this run"),
-        (lambda state: {**state, "progress": {"steps": 3}}, "does not fit this run"),
+        (lambda state: {**state, "progress": {"steps": 3}}, "is no state of a run"),
         (lambda state: {**state, "random": {}}, "does not fit this run"),
-        (lambda state: {**state, "options": [1]}, "is no state of a run: its options is none"),
+        (lambda state: {**state, "options": [1]}, "is no state of a run .its options"),
         (lambda state: {key: state[key] for key in ("state_dict", "model_param")}, "has no optimizer"),
     ],
 )

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoints import save_checkpoint
 from hand import Noise, draw_hands, move_to
-from handfinder import REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
+from handfinder import CROP_PX, REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
 from scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
 from transforms import Camera, Frame, uvd2xyz
 from utils import UserError, run, usable_cores
@@ -127,7 +127,8 @@ def collect(task):
     name, seed, count = task
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    rng, crops, ways_mm = np.random.default_rng(seed + 1), [], []
+    rng = np.random.default_rng(seed + 1)
+    crops, ways_mm = [np.empty((0, CROP_PX, CROP_PX), np.int8)], [np.empty((0, 3), np.float32)]
     for depth_mm, middle_uvd, camera in draw_frames(name, seed, count):
         picture, middle_xyz = coarse_picture(Frame(depth_mm), camera), np.full(3, NOWHERE_MM)
         places = rng.permutation(candidates(picture))[:PLACES]
