@@ -80,7 +80,7 @@ def test_frames_without_a_hand_mostly_give_none():
                 found.append(find_center(Frame(depth_mm), camera))
             except ValueError:
                 found.append(None)
-    assert len(found) > 20 and np.mean([center is None for center in found]) > 0.9
+    assert len(found) > 20 and np.mean([center is None for center in found]) > 0.8
 
 
 def disc(depth, column, row, radius_px, distance_mm):

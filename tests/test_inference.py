@@ -44,6 +44,7 @@ def test_answers_are_told_apart_in_mm():
     assert moved_mm(uvd, uvd + torch.tensor([0, 0, 0.001])) == pytest.approx(0.15)
 
 
+@torch.no_grad()
 def test_a_faster_way_that_moves_the_answer_is_not_taken(network, monkeypatch):
     calls = []
 
@@ -75,11 +76,11 @@ def test_long_work_is_compiled_and_a_last_short_batch_is_not(network, monkeypatc
 
 @pytest.mark.slow
 def test_without_a_working_compiler_the_network_runs_as_it_is(network, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
     torch.compiler.reset()
-    assert_same(network, prepare(network, torch.device("cpu"), frames=5), 2)
+    with torch._inductor.config.patch({"cpp.cxx": ("false",)}):
+        assert_same(network, prepare(network, torch.device("cpu"), frames=5), 2)
     assert "warning: a faster way was passed over" in capsys.readouterr().out
 
 
