@@ -31,6 +31,17 @@ STEP = 4  # between tiles
 LEAST_CHANNELS = (128, 128)
 
 
+@torch.library.custom_op("pixelwise::written", mutates_args=())
+def written(x: torch.Tensor) -> torch.Tensor:
+    """Return a copy of x: what a compiler cannot look into it computes once, and not for each tile again."""
+    return x.clone()
+
+
+@written.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
 class WinogradConv(nn.Conv2d):
     """A 3 x 3 nn.Conv2d of stride 1 and padding 1, for pictures whose sides are multiples of 4.
 
@@ -42,7 +53,7 @@ class WinogradConv(nn.Conv2d):
         batch, channels, height, width = x.shape
         if height % STEP or width % STEP:
             return super().forward(x)
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        x = F.pad(written(x).permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         x = _combine(INPUT, [x[:, k : k + height - 3 : STEP] for k in range(6)], 3)
         x = _combine(INPUT, [x[:, :, k : k + width - 3 : STEP] for k in range(6)], 4)
         # (B, rows, columns, 6, 6, inputs) as 36 pictures of `inputs` channels each: their products with the
