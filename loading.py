@@ -224,10 +224,11 @@ def _worker_died(loader):
 
 
 def to_device(samples, device):
-    """Move a batch to the device without waiting for it, pictures in channels_last."""
+    """Move a batch to the device without waiting for it, on a GPU pictures in channels_last."""
     return type(samples)(*(_moved(field, device) for field in samples))
 
 
 def _moved(field, device):
-    layout = torch.channels_last if field.ndim == 4 else torch.preserve_format
+    on_gpu = field.ndim == 4 and device.type == "cuda"
+    layout = torch.channels_last if on_gpu else torch.preserve_format
     return field.to(device, non_blocking=True, memory_format=layout)
