@@ -35,7 +35,8 @@ class PlainInstanceNorm(nn.Module):
 def _mean(x):
     """Return the mean over a picture's pixels, [B, F, 1, 1].
 
-    Compiled code adds all numbers to one: row by row it rounds less, and stays in the processor's cache.
+    Compiled and exported code adds all numbers to one: row by row it rounds less, and stays in the
+    processor's cache.
     """
     if torch.compiler.is_compiling():
         return x.mean(3, keepdim=True).mean(2, keepdim=True)

@@ -10,6 +10,7 @@ ONNX needs `pip install onnx onnxruntime onnxscript`.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -23,6 +24,7 @@ from torch import nn
 
 from datasets import DATASETS, UnlabelledSample, prepare_crop
 from frames import FrameError
+from inference import PlainInstanceNorm, replace
 from predict import load_model
 from synthetic import render_frames
 from transforms import Frame, recover_uvd, uvd2xyz, window_around
@@ -108,6 +110,8 @@ def export(network, inputs, path, form, dynamic):
             torch.export.save(program, temporary)
         return torch.export.load(path).module()
     onnxruntime = _import_onnxruntime()
+    network = copy.deepcopy(network)  # onnxruntime's own instance norm rounds off up to 0.1 mm
+    replace(network, lambda module: isinstance(module, nn.InstanceNorm2d), PlainInstanceNorm)
     with warnings.catch_warnings():
         # The exporter warns of its own use of PyTorch, which no user of this tool can mend.
         warnings.simplefilter("ignore")
