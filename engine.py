@@ -52,7 +52,7 @@ def forward_losses(network, samples, args):
     return outputs, losses(outputs, samples.uvd, targets, args.alpha, args.lambda_h, args.lambda_d)
 
 
-def train_step(network, optimizer, samples, args, frames=1, refused=0, failed=False):
+def train_step(network, optimizer, samples, args, *, frames=1, refused=0, failed=False):
     """Take one optimiser step; return its outcome on the device.
 
     The outcome is [mean loss, in how many processes it or its gradient is not finite, frames, refused frames,
@@ -88,7 +88,7 @@ def running_statistics(network):
     return [value for name, value in network.named_buffers() if "running_" in name or "tracked" in name]
 
 
-def train_one_epoch(network, loader, optimizer, device, args, progress, state):
+def train_one_epoch(network, loader, optimizer, device, args, *, progress, state):
     """Train from batch `progress.step` to the end of the epoch.
 
     `state.due(step)` is asked after each step whether to call `state.save(progress)`.
@@ -109,8 +109,8 @@ def train_one_epoch(network, loader, optimizer, device, args, progress, state):
     try:
         for batch, error in common_batches(loader, args, progress.step):
             samples = to_device(batch.samples or empty_samples(dataset), device)
-            counts = len(batch.indices), len(batch.refused), error is not None
-            waiting.append((train_step(network, optimizer, samples, args, *counts), batch.indices))
+            counts = dict(frames=len(batch.indices), refused=len(batch.refused), failed=error is not None)
+            waiting.append((train_step(network, optimizer, samples, args, **counts), batch.indices))
             progress.step += 1
             bar.update()
             due = state.due(progress.step)

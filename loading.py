@@ -3,6 +3,7 @@
 import signal
 import threading
 from contextlib import contextmanager
+from multiprocessing import connection
 from typing import NamedTuple
 
 import cv2
@@ -175,8 +176,12 @@ def batches_of(loader):
                 if not isinstance(error, FrameError):
                     raise error
             yield batch
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, OSError) as error:
+        # The last two: a worker died while it handed a batch over, maybe a moment before its end is known.
         waiting = False
+        workers = {process.sentinel: process for process in getattr(loader._iterator, "_workers", [])}
+        for ended in connection.wait(workers, timeout=2):
+            workers[ended].join(timeout=2)
         if not dead_workers(loader):
             raise
         raise _worker_died(loader) from error

@@ -127,7 +127,8 @@ def train_epoch(state, train_loader, val_loader, device):
     args, started = state.args, time.perf_counter()
     train_loader.sampler.epoch, train_loader.sampler.start = state.epoch, state.progress.step
     try:
-        train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, state.progress, state)
+        own = dict(progress=state.progress, state=state)
+        train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, **own)
         if not state.progress.good_steps:
             state.progress = Progress()  # the epoch begins anew once its frames are mended
             raise UserError(f"no step of epoch {state.epoch + 1} could be applied: see the warnings above")

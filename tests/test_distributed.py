@@ -133,7 +133,7 @@ def losses_in_double_precision():
     sampler = EpochSampler(np.arange(120), args.batch_size, args.seed)
     for batch in batches_of(make_loader(frames, sampler, args, torch.device("cpu"), own_batch)):
         samples = type(batch.samples)(*(field.double() for field in batch.samples))
-        losses.append(train_step(state.parallel, state.optimizer, samples, args, own_batch)[0].item())
+        losses.append(train_step(state.parallel, state.optimizer, samples, args, frames=own_batch)[0].item())
     main = distributed.is_main()
     distributed.stop()
     return losses if main else None

@@ -94,10 +94,10 @@ def spoil_steps(monkeypatch, calls):
     """Make the loss of these calls of engine.train_step NaN."""
     original, count = engine.train_step, iter(range(1, 1000))
 
-    def spoilt(network, optimizer, samples, *arguments):
+    def spoilt(network, optimizer, samples, *arguments, **counts):
         if next(count) in calls:
             samples = samples._replace(uvd=samples.uvd * np.nan)
-        return original(network, optimizer, samples, *arguments)
+        return original(network, optimizer, samples, *arguments, **counts)
 
     monkeypatch.setattr(engine, "train_step", spoilt)
 
@@ -194,10 +194,10 @@ def train_with_damage(monkeypatch, name, damage, *arguments):
     """
     frames, damages = DATASETS[name](label_size=16, image_size=32, targets=False), [damage]
 
-    def no_step(network, optimizer, samples, args, *counts):
+    def no_step(network, optimizer, samples, args, **counts):
         if damages:
             damages.pop()(frames)
-        return torch.tensor([0.0, 0.0, *counts])
+        return torch.tensor([0.0, 0.0, *counts.values()])
 
     class NeverDue:
         def due(self, step):
@@ -206,7 +206,7 @@ def train_with_damage(monkeypatch, name, damage, *arguments):
     monkeypatch.setattr(engine, "train_step", no_step)
     args, progress = options("--batch_size", 1, *arguments), Progress()
     loader = make_loader(frames, EpochSampler(np.arange(len(frames)), 1, 3), args, CPU, 1)
-    train_one_epoch(torch.nn.Identity(), loader, None, CPU, args, progress, NeverDue())
+    train_one_epoch(torch.nn.Identity(), loader, None, CPU, args, progress=progress, state=NeverDue())
     return progress
 
 
@@ -369,9 +369,9 @@ def test_training_goes_on_without_space_and_saves_later(data, monkeypatch, capfd
     good = LAST.read_bytes()
     original, states = engine.train_step, []
 
-    def noted(*arguments):
+    def noted(*arguments, **counts):
         states.append(LAST.read_bytes())
-        return original(*arguments)
+        return original(*arguments, **counts)
 
     with monkeypatch.context() as patch:
         # One write for the options; then the log, the epoch's checkpoint and the state of epoch 2.
