@@ -125,6 +125,8 @@ def read_depth(path, depth_camera):
         ".npy": _read_npy,
         ".bin": _read_bin,
     }
+    if not path.exists():
+        raise FrameError(path, "the file or folder is missing")
     if suffix not in reader:
         raise FrameError(
             path, f"{suffix or 'a file without suffix'} holds no depth: give {', '.join(SUFFIXES)}"
