@@ -12,7 +12,7 @@ import yaml
 
 from checkpoints import DAMAGE
 from datasets import DATASETS, MSRADataset
-from frames import MAX_NUMBER, FrameError, read_bytes, read_png
+from frames import MAX_NUMBER, FrameError, read_bytes, read_png, unpack_rgb
 from transforms import Camera
 from utils import UserError
 
@@ -180,7 +180,7 @@ def _scaled(depth, unit_mm):
 def _read_png(path):
     image = read_png(path)
     if image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 and not image[..., 2].any():
-        return image[..., 0] | image[..., 1].astype(np.uint16) << 8  # as NYUDataset.decode has it
+        return unpack_rgb(image)
     if image.dtype != np.uint16 or image.ndim != 2:
         raise FrameError(path, _not_depth(image))
     return image

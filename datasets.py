@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cache import file_digest, line_key, open_cache
-from frames import FrameError, LineFile, parse_numbers, read_bytes, read_png
+from frames import FrameError, LineFile, parse_numbers, read_bytes, read_png, unpack_rgb
 from model import grid_position, on_grid, spatial_form
 from transforms import (
     Augmentation,
@@ -498,9 +498,7 @@ class NYUDataset(HandDataset):
         image = read_png(path)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise FrameError(path, f"expected an 8-bit RGB picture, found {image.dtype} {image.shape}")
-        # Blue and green lie side by side in memory: together they are the little-endian depth.
-        height, width = image.shape[:2]
-        return np.ndarray((height, width), "<u2", image, strides=image.strides[:2])
+        return unpack_rgb(image)
 
 
 class ICVLDataset(HandDataset):

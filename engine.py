@@ -130,8 +130,7 @@ def common_batches(loader, args, start=0):
     A process alone raises its UserError. Several go on with empty batches after it, for the others wait
     for each in every step, until they look at what failed.
     """
-    loader.sampler.start = start
-    step, last, told, failed = start, start + len(loader), 0, None
+    step, told = start, 0
     try:
         for batch in batches(loader, args, start):
             told = note_refused(batch.refused, args, told)
@@ -140,9 +139,8 @@ def common_batches(loader, args, start=0):
     except UserError as error:
         if distributed.world_size() == 1:
             raise
-        failed = error
-    for _ in range(step, last):
-        yield Batch(None, [], []), failed
+        for _ in range(step, loader.sampler.start + len(loader)):
+            yield Batch(None, [], []), error
 
 
 def batches(loader, args, start):
@@ -169,7 +167,7 @@ def empty_samples(dataset):
     return Sample(image, label, label, number, number, torch.zeros(1, 3), uvd, none, none)
 
 
-def settle(waiting, progress, dataset, max_bad_steps, error=None):
+def settle(waiting, progress, dataset, max_bad_steps, error):
     """Move steps' outcomes, [(outcome on the device, frame indices)], into `progress`; report bad steps.
 
     Raises BadNumbers after more than `max_bad_steps` bad ones in a row. Where a process failed, whose

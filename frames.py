@@ -65,6 +65,12 @@ class LineFile:
         return LineFile, (self.path, self.skip_blank)
 
 
+def unpack_rgb(image):
+    """Return NYU's depth, 256 * green + blue, as a uint16 [H, W] view of a uint8 picture [H, W, 3]."""
+    # Blue and green lie side by side in memory: together they are the little-endian depth.
+    return np.ndarray(image.shape[:2], "<u2", image, strides=image.strides[:2])
+
+
 def read_png(path):
     """Decode a PNG as it is stored: [H, W] or [H, W, 3] (blue, green, red).
 

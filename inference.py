@@ -43,6 +43,11 @@ def _mean(x):
     return x.mean((2, 3), keepdim=True)
 
 
+def replace_norms(network):
+    """Put a PlainInstanceNorm in the place of every instance norm of a network."""
+    replace(network, lambda module: isinstance(module, nn.InstanceNorm2d), PlainInstanceNorm)
+
+
 def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
     """Return a function (img, label_img, mask) -> the last stage's StageOutput, on `device`.
 
@@ -52,7 +57,7 @@ def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
     """
     network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).eval()
     if device.type == "cpu":
-        replace(network, lambda module: isinstance(module, nn.InstanceNorm2d), PlainInstanceNorm)
+        replace_norms(network)
     run = None
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ from inference import prepare
 from loading import to_device
 from model import grid_position
 from predictions import PredictionWriter
-from runs import load_network
+from runs import network_from
 from transforms import (
     Camera,
     Frame,
@@ -267,7 +267,7 @@ def load_model(path, joints):
     name = joints or checkpoint.get("dataset") or DATASET_OF_JOINTS.get(count, named)
     if name not in DATASETS:
         raise UserError(f"{path} predicts {count} joints: say with --joints which data set's they are")
-    return load_network(path, DATASETS[name].joint_number), name
+    return network_from(checkpoint, path, DATASETS[name].joint_number), name
 
 
 def parse(argv=None):

@@ -125,7 +125,7 @@ def usable_batch_size(args, frames):
 def train_epoch(state, train_loader, val_loader, device):
     """Train and validate one epoch, or the rest of one, and record it."""
     args, started = state.args, time.perf_counter()
-    train_loader.sampler.epoch, train_loader.sampler.start = state.epoch, state.progress.step
+    train_loader.sampler.epoch = state.epoch
     try:
         own = dict(progress=state.progress, state=state)
         train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, **own)
@@ -172,8 +172,12 @@ def folds(args):
 
 
 def load_network(path, joints):
-    """Build the network a checkpoint describes. Raises UserError where it is damaged or has other joints."""
-    checkpoint = load_checkpoint(path)
+    """Build the network of a checkpoint file. Raises UserError where it is damaged or has other joints."""
+    return network_from(load_checkpoint(path), path, joints)
+
+
+def network_from(checkpoint, path, joints):
+    """Build the network of a checkpoint read from `path`. Raises UserError as `load_network` does."""
     try:
         _check_size(checkpoint)
         network = from_checkpoint(checkpoint)

@@ -182,19 +182,18 @@ def test_resume_with_another_number_of_processes(first, data, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "Data").symlink_to(tmp_path / "Data")
-    shared = ["--opt", "sgd", "--lr", 1e-4]
-    train_tiny("--epoch", 4, *shared)
+    train_tiny("--epoch", 4, "--opt", "sgd")
     before = Path.cwd()
     for processes, options in ((first, ["--epoch", 2]), (3 - first, ["--epoch", 4, "--resume"])):
         if processes == 2:
-            status, _, err = torchrun(*shared, *options, cwd=other)
+            status, _, err = torchrun("--opt", "sgd", *options, cwd=other)
             assert status == 0, err
         else:
             os.chdir(other)
-            train_tiny(*shared, *options)
+            train_tiny("--opt", "sgd", *options)
             os.chdir(before)
     for one, two in zip(records(), records(other), strict=True):
-        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-3
+        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-4
 
 
 @pytest.mark.slow

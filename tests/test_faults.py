@@ -121,8 +121,10 @@ def test_too_many_bad_steps_end_the_run_with_its_state_saved(calls, epoch, good,
     ):
         train_tiny("--max_bad_steps", limit)
     saved = load_checkpoint(LAST, STATE_KEYS)
-    assert (saved["epoch"], saved["progress"]["step"]) == (epoch, 3)
-    assert (saved["progress"]["good_steps"], saved["progress"]["bad_steps"]) == (good, 3 - good)
+    assert saved["epoch"] == epoch
+    in_a_row = 0 if good else len(calls)  # a good step after them was already applied
+    expected = {"step": 3, "good_steps": good, "bad_steps": 3 - good, "bad_in_a_row": in_a_row}
+    assert expected.items() <= saved["progress"].items()
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
 
 

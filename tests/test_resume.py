@@ -26,6 +26,7 @@ from training import (
 import engine
 import runs
 from checkpoints import load_checkpoint
+from options import parse_train
 from runstate import STATE_KEYS
 from utils import Stopped, UserError
 
@@ -157,6 +158,16 @@ def test_batch_larger_than_the_data_resumes(place):
     train_tiny("--batch_size", 100, "--epoch", 1)
     train_tiny("--batch_size", 100, "--resume")
     assert load_checkpoint(LAST, STATE_KEYS)["epoch"] == 2
+
+
+def test_of_all_subjects_those_not_begun_begin_on_resume(workplace):
+    args = parse_train("", ["--subject", "all", "--resume"], subject=True)
+    assert {fold.resume for fold in runs.folds(args)} == {"always"}, "none was begun: the first says so"
+    Path("Model").mkdir(exist_ok=True)
+    Path("Model/MSRA_default_subject0_last.pt").touch()
+    assert {fold.resume for fold in runs.folds(args)} == {"auto"}
+    args.subject = 3
+    assert [fold.resume for fold in runs.folds(args)] == ["always"]
 
 
 def test_resume_without_state_says_so(place):

@@ -289,11 +289,10 @@ def measure(args):
     device = resolve_device(args.device)
     if "loading" in args.parts:
         cv2.setNumThreads(0)
-        cores = usable_cores()
         with tempfile.TemporaryDirectory() as folder:
             for name, root in data_folders(dict(args.data), Path(folder), args.frames):
                 yield from loading_rows(name, root, args.repeats)
-                yield from loader_rows(name, root, sorted({0, 1, cores}), max(1, args.repeats // 5))
+                yield from loader_rows(name, root, sorted({0, 1, usable_cores()}), max(1, args.repeats // 5))
     if "network" in args.parts:
         batch_sizes = args.batch_sizes or ([32, 64, 128] if device.type == "cuda" else [8])
         yield target_row(device, args.repeats)

@@ -24,7 +24,7 @@ from torch import nn
 
 from datasets import DATASETS, UnlabelledSample, prepare_crop
 from frames import FrameError
-from inference import PlainInstanceNorm, replace
+from inference import replace_norms
 from predict import load_model
 from synthetic import render_frames
 from transforms import Frame, recover_uvd, uvd2xyz, window_around
@@ -111,7 +111,7 @@ def export(network, inputs, path, form, dynamic):
         return torch.export.load(path).module()
     onnxruntime = _import_onnxruntime()
     network = copy.deepcopy(network)  # onnxruntime's own instance norm rounds off up to 0.1 mm
-    replace(network, lambda module: isinstance(module, nn.InstanceNorm2d), PlainInstanceNorm)
+    replace_norms(network)
     with warnings.catch_warnings():
         # The exporter warns of its own use of PyTorch, which no user of this tool can mend.
         warnings.simplefilter("ignore")
