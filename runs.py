@@ -250,14 +250,15 @@ def test_and_evaluate(args):
     else:
         results = [test(fold) for fold in folds(args)]
         title = run_name(args) if len(results) == 1 else f"MSRA_{args.suffix}"
-    lines, joints_uvd, labels_uvd = zip(*results)
+    parts, _, labels_uvd = zip(*results)
+    lines = sum(parts, [])
     if len(results) > 1:
-        write_results(Path("Result", f"{title}.txt"), sum(lines, []))
+        write_results(Path("Result", f"{title}.txt"), lines)
     if all(labels is not None for labels in labels_uvd):
-        protocol = PROTOCOLS[args.dataset]
-        error_mm = joint_errors_mm(
-            protocol.to_xyz(np.concatenate(joints_uvd)), protocol.to_xyz(np.concatenate(labels_uvd))
-        )
+        protocol, labels_uvd = PROTOCOLS[args.dataset], np.concatenate(labels_uvd)
+        # The numbers as written: evaluate.py prints the same table of the file, to the last digit.
+        joints_uvd = np.array([line.split() for line in lines], dtype=np.float64).reshape(labels_uvd.shape)
+        error_mm = joint_errors_mm(protocol.to_xyz(joints_uvd), protocol.to_xyz(labels_uvd))
         print(format_table({title: summarise(error_mm, protocol.split)}, protocol.joint_names))
 
 

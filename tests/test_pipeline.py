@@ -155,16 +155,20 @@ def test_final_checkpoint_is_the_best_epoch_in_the_published_form(name, chains):
 
 
 @pytest.mark.parametrize("name", ["NYU", "ICVL", "MSRA"])
-def test_result_file_holds_uvd_and_its_error_is_printed(name, chains):
+def test_result_file_holds_uvd_and_its_errors_are_printed(name, chains, script, monkeypatch):
     chain = chains(name)
     assert_succeeded(chain.test)
-    fold = {"subject": SUBJECT} if name == "MSRA" else {}
-    index = f"test_{SUBJECT}.txt" if name == "MSRA" else "test.txt"
-    lines = (chain.folder / "Result" / f"{chain.run_name(name)}.txt").read_text().splitlines()
+    fold, index = ({}, "test.txt") if name != "MSRA" else ({"subject": SUBJECT}, f"test_{SUBJECT}.txt")
+    results = f"Result/{chain.run_name(name)}.txt"
+    lines = (chain.folder / results).read_text().splitlines()
     assert len(lines) == len((chain.folder / "Data" / name / index).read_text().splitlines())
     numbers = 3 * DATASETS[name].joint_number
     assert all(re.fullmatch(rf"(-?\d+\.\d{{3}} ){{{numbers - 1}}}-?\d+\.\d{{3}}", line) for line in lines)
     assert_prints_mean(chain.test, mean_error_mm(chain, name, **fold))
+    monkeypatch.chdir(chain.folder)
+    subject = ("--subject", SUBJECT) if fold else ()
+    table = script("evaluate.py", "--dataset", name, results, *subject).out.partition("\n")[2]
+    assert "mean, mm" in table and chain.test.out.endswith(table), "every figure, to the last digit"
 
 
 def assert_prints_mean(done, mean_mm):

@@ -69,7 +69,7 @@ def test_every_script_runs_on_a_rendered_set(layout, workplace):
         assert done.status == 0, done.err
         return done.out
 
-    small = [*SMALL_NETWORK, *ON_CPU, "--epoch", 1, "--batch_size", 16]
+    small = [*SMALL_NETWORK, *ON_CPU, "--epoch", 1, "--batch_size", 16, "--seed", 1]
     call("synthetic.py", "--layout", layout, "--train", 150, "--test", 50, "--out", f"Data/{layout}")
     checked = call("check_dataset.py", "--dataset", layout, "--cache")
     accepted = [int(line.split()[2]) for line in checked.splitlines() if "frames accepted" in line]
