@@ -2,24 +2,22 @@
 
 import random
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import scipy.io
-import torch
 from scipy.io.matlab import MatReadError
-from tqdm import tqdm
 
 from cache import make_record, open_cache, write_cache
 from datasets import DATASETS, MSRADataset
 from frames import FrameError, LineFile
 from handfinder import find_center
-from utils import UserError, atomic_path, usable_cores
+from loading import over_frames
+from utils import UserError, atomic_path
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
 MSRA_GESTURES = "1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y".split()
@@ -345,41 +343,6 @@ def _cache_sources(name, root):
         frames = DATASETS[name](path=root, targets=False, use_cache=False, **option)
         groups.setdefault(frames.cache_name(), []).append(frames)
     return groups
-
-
-def over_frames(work, frames, title):
-    """Yield work(frames, index) for every frame, in order, computed on all cores, with a progress bar.
-
-    Few results are on their way at a time, so that a slow reader of them does not fill the memory.
-    """
-    cores = usable_cores()
-    size = min(256, max(1, len(frames) // (8 * cores)))
-    chunks = [range(start, min(start + size, len(frames))) for start in range(0, len(frames), size)]
-    try:
-        with (
-            ProcessPoolExecutor(cores, initializer=_start_worker, initargs=(work, frames)) as pool,
-            tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar,
-        ):
-            pending = deque()
-            for chunk in [*chunks, *[None] * (2 * cores)]:
-                pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
-                if len(pending) > 2 * cores and (done := pending.popleft()):
-                    yield from done.result()
-                    bar.update(len(done.result()))
-    except BrokenProcessPool:
-        raise UserError(f"a worker died while it read {frames.root}: is there enough memory?") from None
-
-
-def _start_worker(work, frames):
-    global _job
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    _job = work, frames
-
-
-def _run_chunk(indices):
-    work, frames = _job
-    return [work(frames, index) for index in indices]
 
 
 def _name(frames, index):

@@ -4,7 +4,6 @@ import random
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,22 +11,20 @@ import torch
 from torch.utils.data import Dataset
 
 from cache import file_digest, line_key, open_cache
-from frames import FrameError, LineFile, parse_numbers, read_bytes, read_png, unpack_rgb
+from frames import FrameError, LineFile, parse_numbers, read_bin, read_png, unpack_rgb
 from model import grid_position, on_grid, spatial_form
+from samples import Sample, prepare_crop, to_tensor
 from transforms import (
     Augmentation,
     Camera,
     Frame,
-    augment_image,
     augment_joints,
     box_size_px,
     center_of_mass,
-    crop_hand,
     cut_bounding_box,
     draw_augmentation,
     joints_to_crop,
     recover_uvd,
-    resize,
     uvd2xyz,
     window_around,
     xyz2uvd,
@@ -47,35 +44,6 @@ CHECKED_FRAMES = 64
 
 # Far beyond any picture (px) or working distance (mm).
 MAX_CENTER = 1e5
-
-
-class Sample(NamedTuple):
-    """One crop, or a batch of them with a leading dimension; depths are over the cube, relative to com.
-
-    img [1, S, S]; label_img and mask [1, L, L]; box_size px and cube_size mm: scalars; com [3]:
-    (column, row, depth mm); uvd [J, 3] normalised; heatmaps and depthmaps [J, L, L].
-    """
-
-    img: torch.Tensor
-    label_img: torch.Tensor
-    mask: torch.Tensor
-    box_size: torch.Tensor
-    cube_size: torch.Tensor
-    com: torch.Tensor
-    uvd: torch.Tensor
-    heatmaps: torch.Tensor
-    depthmaps: torch.Tensor
-
-
-class UnlabelledSample(NamedTuple):
-    """The first six fields of a Sample: what is known without labels."""
-
-    img: torch.Tensor
-    label_img: torch.Tensor
-    mask: torch.Tensor
-    box_size: torch.Tensor
-    cube_size: torch.Tensor
-    com: torch.Tensor
 
 
 class HandDataset(Dataset):
@@ -222,7 +190,7 @@ class HandDataset(Dataset):
             label_size=self.label_size,
             augmentation=augmentation,
         )
-        return known if self.test_only else self._with_targets(known, _tensor(uvd))
+        return known if self.test_only else self._with_targets(known, to_tensor(uvd))
 
     def _with_targets(self, known, uvd):
         if not self.targets:
@@ -432,47 +400,6 @@ class HandDataset(Dataset):
         return recover_uvd(uvd, batch.box_size, batch.cube_size, batch.com)
 
 
-def prepare_crop(
-    frame,
-    center_uvd,
-    cube_mm,
-    camera,
-    *,
-    window=None,
-    image_size=128,
-    label_size=64,
-    augmentation=Augmentation(),  # noqa: B008 (a named tuple cannot change)
-):
-    """Return the network's input for one hand, an UnlabelledSample.
-
-    `frame` is a Frame in mm, `center_uvd` the hand's middle (column px, row px, depth mm; column and
-    row are truncated), `cube_mm` half the edge of the cube around it. Pixels outside `window` (a
-    Rect) count as empty. Raises ValueError for an impossible depth of the centre.
-    """
-    box_px = box_size_px(center_uvd[2], cube_mm, camera)
-    com = np.array([int(center_uvd[0]), int(center_uvd[1]), center_uvd[2]])
-    image = resize(crop_hand(frame, com, box_px, cube_mm, window), image_size)
-    image = augment_image(image, augmentation)
-    label_image = resize(image, label_size)
-    return UnlabelledSample(
-        _picture(image / np.float32(cube_mm)),
-        _picture(label_image / np.float32(cube_mm)),
-        _picture(label_image != 0),
-        _tensor(box_px),
-        _tensor(cube_mm),
-        _tensor(com),
-    )
-
-
-def _tensor(values):
-    # Four times as fast as torch.tensor, which looks at every element's type.
-    return torch.from_numpy(np.asarray(values, np.float32))
-
-
-def _picture(image):
-    return _tensor(image[None])
-
-
 class NYUDataset(HandDataset):
     """NYU Hand Pose (Tompson et al. 2014): camera 0, 14 of the 36 joints."""
 
@@ -569,25 +496,7 @@ class MSRADataset(HandDataset):
 
     def decode(self, path):
         """Return the Frame that a file holds: a rectangle of the picture. Raises FrameError."""
-        data = read_bytes(path)
-        if len(data) < 24:
-            raise FrameError(path, f"the header needs 24 bytes, the file has {len(data)}")
-        width, height, left, top, right, bottom = (int(n) for n in np.frombuffer(data, "<i4", 6))
-        if (width, height) != self.image_size_px:
-            raise FrameError(path, f"expected {self.image_size_px} px, the header says {(width, height)}")
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise FrameError(
-                path, f"the header's rectangle {(left, top, right, bottom)} reaches beyond the picture"
-            )
-        count = (right - left) * (bottom - top)
-        if len(data) != 24 + 4 * count:
-            raise FrameError(
-                path, f"the header promises {count} depths, the file holds {(len(data) - 24) / 4:g}"
-            )
-        depth = np.frombuffer(data, "<f4", offset=24).reshape(bottom - top, right - left)
-        if not (np.isfinite(depth).all() and (depth >= 0).all()):
-            raise FrameError(path, "a depth is negative or not finite")
-        return Frame(depth, left, top)
+        return read_bin(path, self.image_size_px)
 
 
 class HAND17Dataset(HandDataset):

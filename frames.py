@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from transforms import Frame
 from utils import UserError
 
 # Neither px nor mm, and as float32 its square is still a number.
@@ -99,6 +100,30 @@ def read_bytes(path):
     if not data:
         raise FrameError(path, "the file is empty")
     return data
+
+
+def read_bin(path, size_px):
+    """Return the Frame that an MSRA file holds: a rectangle of a picture of `size_px` (width, height).
+
+    Six int32, width, height, left, top, right, bottom, then the rectangle's depths as float32 mm.
+    Raises FrameError where the file is missing or damaged.
+    """
+    data = read_bytes(path)
+    if len(data) < 24:
+        raise FrameError(path, f"the header needs 24 bytes, the file has {len(data)}")
+    width, height, left, top, right, bottom = (int(n) for n in np.frombuffer(data, "<i4", 6))
+    if (width, height) != size_px:
+        raise FrameError(path, f"expected {size_px} px, the header says {(width, height)}")
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        rectangle = (left, top, right, bottom)
+        raise FrameError(path, f"the header's rectangle {rectangle} reaches beyond the picture")
+    count = (right - left) * (bottom - top)
+    if len(data) != 24 + 4 * count:
+        raise FrameError(path, f"the header promises {count} depths, the file holds {(len(data) - 24) / 4:g}")
+    depth = np.frombuffer(data, "<f4", offset=24).reshape(bottom - top, right - left)
+    if not (np.isfinite(depth).all() and (depth >= 0).all()):
+        raise FrameError(path, "a depth is negative or not finite")
+    return Frame(depth, left, top)
 
 
 def parse_numbers(text, count, frame, what):

@@ -16,159 +16,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anatomy import (
+    ANGLES,
+    ARM_WEDGES,
+    BONE_LIMIT_SD,
+    BONES_MM,
+    BONES_SD_MM,
+    CARPAL_MM,
+    DIP_OVER_PIP,
+    DIP_SPREAD_DEG,
+    FINGER,
+    GESTURES,
+    GIRTH_LIMITS,
+    HAND_CONES,
+    HAND_WEDGES,
+    LIMITS_DEG,
+    METACARPAL_DEG,
+    RADII_MM,
+    SIZE_SHARE,
+    SOFT_TIP_MM,
+    SPREAD_DEG,
+    THUMB,
+)
 from render import Surface, build_surface
-
-# Mean and standard deviation of bone lengths in mm: metacarpal, proximal, middle, distal phalanx (thumb: way
-# from the wrist to its carpometacarpal joint, metacarpal, proximal, distal). Buryanov & Kotiuk 2010,
-# Proportions of Hand Segments, Int. J. Morphol. 28(3):755-758; the first number of the thumb
-# from the CARPAL_MM below.
-BONES_MM = (
-    (30.0, 46.22, 31.57, 21.67),
-    (68.12, 39.78, 22.38, 15.82),
-    (64.60, 44.63, 26.33, 17.40),
-    (58.00, 41.37, 25.65, 17.30),
-    (53.69, 32.74, 18.11, 15.96),
-)
-BONES_SD_MM = (
-    (2.5, 3.94, 3.13, 1.60),
-    (6.27, 4.94, 2.51, 2.26),
-    (5.38, 3.81, 3.00, 1.85),
-    (5.06, 3.87, 3.29, 2.22),
-    (4.36, 2.77, 2.54, 2.45),
-)
-BONE_LIMIT_SD = 2.5  # no bone further from its mean than this many standard deviations
-SOFT_TIP_MM = 3.9  # flesh beyond the distal phalanx (same paper)
-SIZE_SHARE = 0.8  # share of a bone's variation that is the whole hand's size, the rest is its own
-# Girth over the mean hand's: hand breadth 79.4 +- 3.8 mm (women) to 90.4 +- 4.2 mm (men), Greiner 1991, Hand
-# Anthropometry of U.S. Army Personnel, TR-92/011.
-GIRTH_LIMITS = (0.82, 1.2)
-
-# Anatomical limits in degrees. Fingers: flexion 0..90 (MCP), 0..110 (PIP), abduction +-15, DIP = 2/3 PIP from
-# Lin, Wu & Huang 2000, Modeling the Constraints of Human Hand Motion; hyperextension, thumb and wrist within
-# the ranges of the American Academy of Orthopaedic Surgeons, Joint Motion, 1965 (thumb abduction 0..70, MCP
-# 0..50, IP 0..80, wrist flexion -70..80, deviation -20 (radial) .. 30 (ulnar)).
-LIMITS_DEG = {
-    "thumb_radial": (0, 65),
-    "thumb_palmar": (0, 65),
-    "thumb_mcp": (-5, 55),
-    "thumb_ip": (-15, 80),
-    "mcp": (-20, 90),
-    "abduction": (-15, 15),
-    "pip": (0, 110),
-    "dip": (-5, 80),
-    "wrist_flexion": (-65, 70),
-    "wrist_deviation": (-30, 20),
-}
-ANGLES = (
-    "thumb_radial",
-    "thumb_palmar",
-    "thumb_mcp",
-    "thumb_ip",
-    *("mcp", "abduction", "pip", "dip") * 4,
-    "wrist_flexion",
-    "wrist_deviation",
-)
-DIP_OVER_PIP = 2 / 3
-DIP_SPREAD_DEG = 4
-
-# Thumb (radial, palmar abduction, MCP, IP) and finger (MCP, PIP) states that gestures are made of, degrees.
-THUMB = {
-    "out": (46, 14, 0, 0),
-    "side": (22, 14, 12, 10),
-    "across": (16, 46, 42, 48),
-    "in": (8, 44, 40, 30),
-    "index": (25, 43, 17, 26),
-    "middle": (19, 49, 25, 30),
-    "ring": (12, 55, 36, 34),
-    "little": (2, 56, 51, 40),
-}
-FINGER = {"S": (2, 4), "R": (22, 28), "C": (78, 98), "H": (8, 92), "F": (70, 12), "P": (58, 52)}
-# Gesture: thumb state and the states of index, middle, ring and little finger, then how far they are spread
-# (0..1).
-GESTURES = {
-    "open": ("out", "SSSS", 0.8),
-    "flat": ("side", "SSSS", 0.0),
-    "relaxed": ("side", "RRRR", 0.3),
-    "fist": ("across", "CCCC", 0.0),
-    "thumb up": ("out", "CCCC", 0.0),
-    "point": ("across", "SCCC", 0.0),
-    "gun": ("out", "SCCC", 0.0),
-    "two": ("in", "SSCC", 0.7),
-    "three": ("in", "SSSC", 0.6),
-    "three, thumb": ("out", "SSCC", 0.6),
-    "four": ("in", "SSSS", 0.6),
-    "horns": ("across", "SCCS", 0.2),
-    "Y": ("out", "CCCS", 0.3),
-    "little": ("across", "CCCS", 0.0),
-    "claw": ("out", "HHHH", 0.5),
-    "hook": ("side", "HHHH", 0.0),
-    "duck": ("index", "FFFF", 0.0),
-    "ok": ("index", "PSSS", 0.6),
-    "index pinch": ("index", "PRRR", 0.3),
-    "middle pinch": ("middle", "SPSS", 0.4),
-    "ring pinch": ("ring", "SSPS", 0.4),
-    "little pinch": ("little", "SSSP", 0.4),
-    "grasp": ("index", "PPPP", 0.2),
-    "index bent": ("across", "HCCC", 0.0),
-}
-SPREAD_DEG = (11, 3, -5, -12)  # abduction of index .. little at spread 1, to the thumb positive
-
-# Joints: the wrist, then base, middle, end joint and tip of thumb, index, middle, ring, little (thumb: CMC,
-# MCP, IP).
-JOINTS = 21
-CARPAL_MM = (
-    (19.0, -20.0, -8.0),
-    (9.0, -26.0, 1.0),
-    (0.5, -28.0, 2.0),
-    (-8.0, -25.0, 1.0),
-    (-16.0, -21.0, -2.0),
-)
-METACARPAL_DEG = (13.0, 3.0, -8.0, -19.0)  # direction of the four metacarpals in the palm's plane
-# Radii of the flesh in mm on the mean hand at base, middle, end joint and tip of thumb .. little.
-RADII_MM = (
-    (14.0, 11.8, 10.4, 8.6),
-    (11.6, 9.8, 8.5, 7.3),
-    (12.0, 10.0, 8.7, 7.4),
-    (11.4, 9.4, 8.2, 7.1),
-    (10.4, 8.3, 7.2, 6.3),
-)
-# Spheres of the surface: 4 a finger (0..19), then those that `_palm_spheres` and `_forearm_spheres` add.
-PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, WEBS, WRIST_R, WRIST_U, ELBOW_R, ELBOW_U = (
-    20,
-    21,
-    22,
-    23,
-    24,
-    (25, 26, 27),
-    28,
-    29,
-    30,
-    31,
-)
-# Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
-# Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
-HAND_WEDGES = (
-    (4, 8, PALM_INDEX),
-    (8, PALM_INDEX, PALM_LITTLE),
-    (8, 12, PALM_LITTLE),
-    (12, 16, PALM_LITTLE),
-    (0, THENAR, PALM_INDEX),
-    (0, 1, WEB_THUMB),
-    (0, PALM_INDEX, WEB_THUMB),
-    (THENAR, 1, WEB_THUMB),
-    (16, HYPOTHENAR, PALM_LITTLE),
-    (THENAR, HYPOTHENAR, PALM_LITTLE),
-    (THENAR, PALM_INDEX, PALM_LITTLE),
-    (PALM_INDEX, PALM_LITTLE, WRIST_R),
-    (PALM_LITTLE, WRIST_R, WRIST_U),
-    (0, PALM_INDEX, WRIST_R),
-    *((4 * k, 4 * k + 4, web) for k, web in enumerate(WEBS, start=1)),
-)
-HAND_CONES = tuple((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3)) + (
-    (0, THENAR),
-    (THENAR, 1),
-)
-ARM_WEDGES = ((WRIST_R, WRIST_U, ELBOW_R), (WRIST_U, ELBOW_R, ELBOW_U))
 
 GRIP_TRIES = 6  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
 OVERLAP_MM = 5.0  # flesh may be pressed this deep

@@ -2,6 +2,9 @@
 
 import signal
 import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
 from typing import NamedTuple
@@ -10,10 +13,11 @@ import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from tqdm import tqdm
 
 import distributed
 from frames import FrameError
-from utils import UserError
+from utils import UserError, usable_cores
 
 
 class Batch(NamedTuple):
@@ -237,3 +241,38 @@ def _moved(field, device):
     on_gpu = field.ndim == 4 and device.type == "cuda"
     layout = torch.channels_last if on_gpu else torch.preserve_format
     return field.to(device, non_blocking=True, memory_format=layout)
+
+
+def over_frames(work, frames, title):
+    """Yield work(frames, index) for every frame, in order, computed on all cores, with a progress bar.
+
+    Few results are on their way at a time, so that a slow reader of them does not fill the memory.
+    """
+    cores = usable_cores()
+    size = min(256, max(1, len(frames) // (8 * cores)))
+    chunks = [range(start, min(start + size, len(frames))) for start in range(0, len(frames), size)]
+    try:
+        with (
+            ProcessPoolExecutor(cores, initializer=_start_job, initargs=(work, frames)) as pool,
+            tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar,
+        ):
+            pending = deque()
+            for chunk in [*chunks, *[None] * (2 * cores)]:
+                pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
+                if len(pending) > 2 * cores and (done := pending.popleft()):
+                    yield from done.result()
+                    bar.update(len(done.result()))
+    except BrokenProcessPool:
+        raise UserError(f"a worker died while it read {frames.root}: is there enough memory?") from None
+
+
+def _start_job(work, frames):
+    global _job
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    _job = work, frames
+
+
+def _run_chunk(indices):
+    work, frames = _job
+    return [work(frames, index) for index in indices]

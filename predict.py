@@ -19,7 +19,7 @@ import torch
 
 from cameras import PRESETS, DepthCamera, check_depth, list_frames, parse_camera, parse_numbers, read_depth
 from checkpoints import load_checkpoint, resolve_device
-from datasets import DATASETS, MIN_HAND_PIXELS, UnlabelledSample, prepare_crop
+from datasets import DATASETS, MIN_HAND_PIXELS
 from frames import FrameError
 from handfinder import find_center
 from inference import prepare
@@ -27,6 +27,7 @@ from loading import to_device
 from model import grid_position
 from predictions import PredictionWriter
 from runs import network_from
+from samples import UnlabelledSample, prepare_crop
 from transforms import (
     Camera,
     Frame,

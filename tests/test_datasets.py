@@ -10,9 +10,10 @@ import torch
 from conftest import expected
 from torch.utils.data import DataLoader
 
-from datasets import DATASETS, NYUDataset, Sample, UnlabelledSample, test_labels_uvd
+from datasets import DATASETS, NYUDataset, test_labels_uvd
 from frames import FrameError, LineFile
 from model import spatial_form
+from samples import Sample, UnlabelledSample
 from transforms import Augmentation
 from utils import UserError
 

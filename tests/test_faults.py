@@ -17,13 +17,14 @@ from training import RUN, TINY, assert_same_values, records, repeat_lines, tiny_
 import engine
 import utils
 from checkpoints import load_checkpoint, save_checkpoint
-from datasets import DATASETS, Sample
+from datasets import DATASETS
 from engine import BadNumbers, Progress, train_one_epoch, train_step
 from frames import LineFile
 from loading import EpochSampler, WorkerDied, make_loader
 from model import PixelwiseRegression
 from options import parse_train
 from runstate import STATE_KEYS, build_optimizer
+from samples import Sample
 from utils import UserError, atomic_path, write_picture
 
 LAST = Path("Model", f"{RUN}_last.pt")

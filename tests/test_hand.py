@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import anatomy
 import hand
 from hand import Noise, draw_hands, hand_and_arm, joints_xyz, move_to
 from render import build_surface, crop_intrinsics, render_depth
@@ -116,13 +117,13 @@ def test_10000_hands_keep_bones_and_angles_within_their_limits():
     width = (hands.angles.amax(0) - hands.angles.amin(0)) / (high - low)
     assert width.min() > 0.8  # ... and use them
     dip, pip = hands.angles[:, 7:20:4].rad2deg(), hands.angles[:, 6:20:4].rad2deg()
-    free = dip < hand.LIMITS_DEG["dip"][1] - 0.01
-    assert (dip - hand.DIP_OVER_PIP * pip)[free].abs().max() <= hand.DIP_SPREAD_DEG + 0.01
-    mean, deviation = torch.tensor(hand.BONES_MM), torch.tensor(hand.BONES_SD_MM)
+    free = dip < anatomy.LIMITS_DEG["dip"][1] - 0.01
+    assert (dip - anatomy.DIP_OVER_PIP * pip)[free].abs().max() <= anatomy.DIP_SPREAD_DEG + 0.01
+    mean, deviation = torch.tensor(anatomy.BONES_MM), torch.tensor(anatomy.BONES_SD_MM)
     score = (hands.bones_mm - mean) / deviation
-    assert score.abs().max() <= hand.BONE_LIMIT_SD + 1e-4
+    assert score.abs().max() <= anatomy.BONE_LIMIT_SD + 1e-4
     assert score.mean().abs() < 0.03 and abs(score.std() - 1) < 0.05
-    assert hands.girth.min() >= hand.GIRTH_LIMITS[0] and hands.girth.max() <= hand.GIRTH_LIMITS[1]
+    assert hands.girth.min() >= anatomy.GIRTH_LIMITS[0] and hands.girth.max() <= anatomy.GIRTH_LIMITS[1]
     joints = joints_xyz(hands)
     chains = joints[:, 1:].reshape(-1, 5, 4, 3)
     lengths = (chains[:, :, 1:] - chains[:, :, :-1]).norm(dim=-1)

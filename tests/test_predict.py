@@ -12,10 +12,11 @@ from conftest import ON_CPU, run_process
 
 from cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
 from checkpoints import save_checkpoint
-from datasets import DATASETS, prepare_crop
+from datasets import DATASETS
 from model import PixelwiseRegression
 from predict import HandPoseEstimator, _middle, load_model
 from predictions import finger_chains
+from samples import prepare_crop
 from transforms import Camera, Frame
 from utils import UserError
 

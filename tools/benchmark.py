@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import synthetic
 from annotations import build_cache, build_index, sources
 from checkpoints import resolve_device
-from datasets import DATASETS, Sample
+from datasets import DATASETS
 from engine import train_step
 from frames import read_bytes
 from inference import COMPILE_FRAMES, moved_mm, prepare
@@ -37,6 +37,7 @@ from model import losses, spatial_form
 from options import parse_train
 from runs import build_network, load_network
 from runstate import build_optimizer
+from samples import Sample
 from tools.export import make_crops
 from utils import atomic_path, run, usable_cores
 

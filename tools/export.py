@@ -3,7 +3,7 @@
     python -m tools.export --model Model/HAND17_default_final.pt --format onnx
     python -m tools.export --model Model/HAND17_default_final.pt --format pt2 --batch 1 --data_dir Data/HAND17
 
-Inputs `img` [B, 1, 2L, 2L], `label_img` and `mask` [B, 1, L, L], float32, as `datasets.prepare_crop` makes
+Inputs `img` [B, 1, 2L, 2L], `label_img` and `mask` [B, 1, L, L], float32, as `samples.prepare_crop` makes
 them; outputs `uvd` [B, J, 3], normalised (`transforms.recover_uvd` turns them into px and mm), and `heatmaps`
 [B, J, L, L].
 ONNX needs `pip install onnx onnxruntime onnxscript`.
@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from datasets import DATASETS, UnlabelledSample, prepare_crop
+from datasets import DATASETS
 from frames import FrameError
 from inference import replace_norms
 from predict import load_model
+from samples import UnlabelledSample, prepare_crop
 from synthetic import render_frames
 from transforms import Frame, recover_uvd, uvd2xyz, window_around
 from utils import UserError, atomic_path, run

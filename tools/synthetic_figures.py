@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import torch
 
+import anatomy
 import hand
 from datasets import read_png
 from render import render_depth
@@ -72,7 +73,7 @@ def draw_gestures(out):
     rows = []
     for turn in (0.35, 1.3):
         hands = hand.Hands(
-            torch.tensor(hand.BONES_MM).expand(count, 5, 4),
+            torch.tensor(anatomy.BONES_MM).expand(count, 5, 4),
             torch.ones(count),
             angles,
             torch.tensor([np.cos(turn / 2), 0, np.sin(turn / 2), 0]).float().expand(count, 4),
@@ -85,7 +86,7 @@ def draw_gestures(out):
         joints = hand.joints_xyz(hands).numpy()
         rows.append([_sketch(*pair, camera.numpy()) for pair in zip(depth_mm, joints)])
     cells = [cv2.vconcat(pair) for pair in zip(*rows)]
-    for cell, name in zip(cells, hand.GESTURES):
+    for cell, name in zip(cells, anatomy.GESTURES):
         cv2.putText(cell, name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
     sheet = cv2.vconcat([cv2.hconcat(cells[k : k + 12]) for k in range(0, count, 12)])
     cv2.imwrite(str(out / "gestures.png"), sheet, SMALLEST)
@@ -108,8 +109,8 @@ def draw_angles(out):
         hand.Noise(torch.rand(10000, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(0)))
     )
     figure, axes = plt.subplots(3, 4, figsize=(12, 7))
-    for axis, (name, limits) in zip(axes.flat, hand.LIMITS_DEG.items()):
-        columns = [k for k, other in enumerate(hand.ANGLES) if other == name]
+    for axis, (name, limits) in zip(axes.flat, anatomy.LIMITS_DEG.items()):
+        columns = [k for k, other in enumerate(anatomy.ANGLES) if other == name]
         axis.hist(hands.angles[:, columns].rad2deg().flatten().numpy(), bins=60)
         axis.set_title(f"{name}, deg", fontsize=9)
         for limit in limits:
@@ -118,7 +119,10 @@ def draw_angles(out):
         axis.hist(hands.bones_mm[:, finger, bone].numpy(), bins=60)
         axis.set_title(("middle metacarpal", "index proximal phalanx")[finger == 1] + ", mm", fontsize=9)
         for side in (-1, 1):
-            limit = hand.BONES_MM[finger][bone] + side * hand.BONE_LIMIT_SD * hand.BONES_SD_MM[finger][bone]
+            limit = (
+                anatomy.BONES_MM[finger][bone]
+                + side * anatomy.BONE_LIMIT_SD * anatomy.BONES_SD_MM[finger][bone]
+            )
             axis.axvline(limit, color="k", lw=1, ls="--")
     figure.tight_layout()
     figure.savefig(out / "angles.png", dpi=70)
