@@ -275,17 +275,10 @@ class HandDataset(Dataset):
         if background.size - background.sum() < MIN_HAND_PIXELS:
             return f"fewer than {MIN_HAND_PIXELS} hand pixels in the crop"
         if not self.test_only:
-            columns, rows = grid_position(sample.uvd[:, :2], self.label_size).round().long().T
-            off_mm = (
-                cv2.distanceTransform(background, cv2.DIST_L2, 5)
-                * 2
-                * self.cube_of(index)
-                / (self.label_size - 1)
-            )
-            if (
-                off_mm[rows.clamp(0, self.label_size - 1), columns.clamp(0, self.label_size - 1)].max()
-                > MAX_OFF_HAND_MM
-            ):
+            places = grid_position(sample.uvd[:, :2], self.label_size).round().long()
+            columns, rows = places.clamp(0, self.label_size - 1).T
+            off_px = cv2.distanceTransform(background, cv2.DIST_L2, 5)[rows, columns].max()
+            if off_px * 2 * self.cube_of(index) / (self.label_size - 1) > MAX_OFF_HAND_MM:
                 return f"a joint lies outside the hand, over {MAX_OFF_HAND_MM} mm from every hand pixel"
         return None
 
