@@ -72,9 +72,12 @@ def require(path, name, root):
 
 
 def read_lines(path, name, root):
-    """Return the non-blank lines of a label file. Raises UserError where it is missing or empty."""
-    lines = [line.strip() for line in require(path, name, root).read_text(errors="replace").splitlines()]
-    lines = [line for line in lines if line]
+    """Return the non-blank lines of a label file. UserError where it cannot be read or is empty."""
+    try:
+        text = require(path, name, root).read_text(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty: extract {name} again")
     return lines
@@ -192,6 +195,7 @@ def build_index(name, root, force=False):
     """
     missing = [file for file in index_names(name) if not (root / file).is_file()]
     if not missing and not force:
+        _check_first_frame(name, root)
         print(f"{name}: all index files are in {root}; --force builds them again")
         return
     found = sources(name, root)
@@ -223,6 +227,15 @@ def build_index(name, root, force=False):
     for file, lines in indexes.items():
         _write_lines(root / file, lines)
         print(f"{root / file}: {len(lines)} frames")
+
+
+def _check_first_frame(name, root):
+    """Raise UserError where an index is another data set's, or its frames are gone."""
+    frames = DATASETS[name](path=root, dataset="train", use_cache=False)
+    path = frames.frame_path(0)
+    if not path.is_file():
+        index = root / frames.index_name()
+        raise UserError(f"{path} not found, which {index} names: is that {name}? --force builds it again")
 
 
 def _plain_indexes(found, refusals):
@@ -286,8 +299,15 @@ def _complete_centers(source):
     frames = source.frames
     if frames.margin_mm is None:
         return
-    absent = [path for path in frames.center_files(computed=False) if not path.is_file()]
+    given = frames.center_files(computed=False)
+    absent = [path for path in given if not path.is_file()]
     if not absent:
+        lines = len(LineFile(given[0]))
+        if lines < len(frames):
+            print(
+                f"WARNING: {given[0]} has {lines} lines for {len(frames)} frames: where one is lost, "
+                "those after it are of other frames"
+            )
         return
     computed = frames.center_files(computed=True)
     print(

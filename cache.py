@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from frames import FrameError
 from transforms import Frame, hand_part
-from utils import UserError, atomic_path
+from utils import UserError, atomic_path, check_command
 
 MAGIC, VERSION = b"HANDCROP", 2
 HEADER_BYTES = 4096
@@ -94,7 +95,7 @@ def has_changed(path, stamp):
     """Return whether a file has another `file_stamp`. A cache stands in for files that are gone."""
     try:
         return tuple(stamp.tolist()) != file_stamp(path)
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
@@ -230,7 +231,11 @@ class CropCache:
             return None
         row = self._find(key)
         if row is None:
-            notice(self.path, "it lacks some frames of this index, which are read from their files")
+            notice(
+                self.path,
+                self.settings,
+                "it lacks some frames of this index, which are read from their files",
+            )
             return None
         if not self._sizes[row]:
             return None
@@ -243,12 +248,13 @@ class CropCache:
             data = b""
         if len(data) != size or zlib.crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "little"):
             self.usable = False
-            notice(self.path, "a record is damaged; from here on frames are read from their files")
+            notice(self.path, self.settings, "a record is damaged; from here on frames are read from files")
             return None
         record = np.frombuffer(data, self._type, 1)[0]
         _, left, top, width, height, kind, stamp, center_uvd, joints_uvd = record
         if has_changed(path, stamp):
-            notice(self.path, f"{path} has changed since it was made; such frames are read from their files")
+            reason = f"{path} has changed since it was made; such frames are read from their files"
+            notice(self.path, self.settings, reason)
             return None
         depth = np.frombuffer(data, DEPTH_TYPES[kind], offset=self._type.itemsize)
         frame = Frame(depth.reshape(height, width), int(left), int(top))
@@ -264,16 +270,15 @@ def open_cache(path, settings, frames=()):
         cache = CropCache(path, settings)
         cache.check(frames)
     except CacheError as error:
-        notice(path, f"{error}; frames are read from their files")
+        notice(path, settings, f"{error}; frames are read from their files")
         return None
     return cache
 
 
-def notice(path, reason):
+def notice(path, settings, reason):
     """Say on stderr, once a process and file, that a cache is not used as it is."""
     if path not in _noticed:
         _noticed.add(path)
-        print(
-            f"notice: {path}: {reason}; `python check_dataset.py --cache --force` builds it again",
-            file=sys.stderr,
-        )
+        command = check_command(settings["dataset"], path.parent)
+        line = f"notice: {path}: {reason}; `{command} --cache --force` builds it again"
+        tqdm.write(line, file=sys.stderr)  # not into the line of a progress bar

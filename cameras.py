@@ -6,13 +6,12 @@ import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import yaml
 
 from checkpoints import DAMAGE
 from datasets import DATASETS, MSRADataset
-from frames import MAX_NUMBER, FrameError, read_bytes, read_png, unpack_rgb
+from frames import MAX_NUMBER, FrameError, decode_picture, read_bytes, read_png, unpack_rgb
 from transforms import Camera
 from utils import UserError
 
@@ -38,7 +37,7 @@ class DepthCamera(NamedTuple):
 PRESETS = {
     **{name: DepthCamera(cls.camera, 1.0, cls.image_size_px) for name, cls in DATASETS.items()},
     "SR300": DepthCamera(DATASETS["HAND17"].camera, 0.125, (640, 480)),
-    "SR305": DepthCamera(DATASETS["HAND17"].camera, 0.125, (640, 480)),
+    "SR305": DepthCamera(Camera(476.007, 476.007, 313.683, 242.755), 0.125, (640, 480)),
     "D435": DepthCamera(Camera(383.0, 383.0, 320.0, 240.0), 1.0, (640, 480)),
     "KinectV2": DepthCamera(Camera(365.456, 365.456, 254.878, 205.395), 1.0, (512, 424)),
     "AzureKinect": DepthCamera(Camera(504.5, 504.5, 320.0, 333.0), 1.0, (640, 576)),
@@ -86,7 +85,7 @@ def _read_camera(path):
         size_px = (int(options["width"]), int(options["height"])) if "width" in options else None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"--camera {path}: expected numbers fx, fy, u0 and v0 (px), problem: {error}"
+            f"--camera {path}: expected numbers fx, fy, u0 and v0 (px): {type(error).__name__} {error}"
         ) from None
     if not (fx > 0 and fy > 0 and unit_mm > 0 and np.isfinite((fx, fy, u0, v0, unit_mm)).all()):
         raise UserError(f"--camera {path}: focal lengths and depth_unit_mm must be above 0")
@@ -145,7 +144,8 @@ def check_depth(depth, unit_mm=1.0, size_px=None):
     """
     depth = np.asarray(depth)
     if depth.ndim != 2 or depth.dtype.kind not in "uif" or depth.dtype.itemsize < 2 or 0 in depth.shape:
-        raise ValueError(f"expected 16-bit or float depths [H, W], found {depth.dtype} {list(depth.shape)}")
+        found = f"{depth.dtype} {list(depth.shape)}"
+        raise ValueError(f"expected 16-bit or float depths [H, W] of one frame, found {found}")
     height, width = depth.shape
     if size_px not in (None, (width, height)):
         known = "x".join(map(str, size_px))
@@ -157,7 +157,7 @@ def check_depth(depth, unit_mm=1.0, size_px=None):
     if len(measured) and np.median(measured) < METRES_BELOW:
         raise ValueError(
             f"the median depth is {np.median(measured):g} mm, too near for a camera: "
-            "for metres give --depth_unit 1000"
+            "for metres give --depth_unit 1000, in Python multiply by 1000"
         )
     return depth
 
@@ -187,9 +187,7 @@ def _read_png(path):
 
 
 def _read_tiff(path):
-    image = cv2.imdecode(np.frombuffer(read_bytes(path), np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None:
-        raise FrameError(path, "the TIFF does not decode")
+    image = decode_picture(path, read_bytes(path))
     if image.ndim != 2 or image.dtype == np.uint8:
         raise FrameError(path, _not_depth(image))
     return image

@@ -7,6 +7,7 @@ import random
 import struct
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,20 @@ DAMAGE = (
 )
 
 
+@contextmanager
+def torch_errors_explained():
+    """Turn what torch raises for a full GPU or for a missing compiler into a UserError."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError("the GPU's memory is full: give a smaller --batch_size or another device") from error
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(f"compiling failed ({reason}): leave --compile out, or install a compiler") from error
+
+
 def draw_seed():
     """Return a seed that was never asked for, to be recorded."""
     return int.from_bytes(os.urandom(4), "little") % (2**31 - 1) + 1
@@ -51,6 +66,7 @@ def resolve_device(name, gpu_id=0):
         return torch.device("cpu")
     if not 0 <= gpu_id < torch.cuda.device_count():
         raise UserError(f"--device cuda --gpu_id {gpu_id}: torch sees {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(gpu_id)  # where pinned memory and questions about "the" GPU go
     return torch.device("cuda", gpu_id)
 
 
@@ -69,7 +85,8 @@ def load_checkpoint(path, needed=("state_dict", "model_param")):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} not found: train first, or name a checkpoint that exists")
+        problem = "is no file" if path.exists() else "not found"
+        raise UserError(f"{path} {problem}: train first, or name a checkpoint that exists")
     try:
         _verify(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -105,7 +122,7 @@ def random_states():
         "python": [version, list(words), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -116,5 +133,5 @@ def restore_random_states(states):
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count():
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -29,7 +29,7 @@ from transforms import (
     window_around,
     xyz2uvd,
 )
-from utils import UserError
+from utils import UserError, check_command
 
 MIN_HAND_PIXELS = 10
 
@@ -124,10 +124,7 @@ class HandDataset(Dataset):
     def _open_index(self):
         path = self.root / self.index_name()
         if not path.is_file():
-            where = "" if self.root == Path("Data", self.name) else f" --data_dir {self.root}"
-            raise UserError(
-                f"{path} not found: run `python check_dataset.py --dataset {self.name}{where}` first"
-            )
+            raise UserError(f"{path} not found: run `{check_command(self.name, self.root)}` first")
         return LineFile(path, skip_blank=True)
 
     def index_name(self):
@@ -343,7 +340,10 @@ class HandDataset(Dataset):
         frame, line = self.frame_path(index), self.center_line(index)
         if line is None or not 0 <= line < len(self._center_files[0]):
             raise FrameError(frame, "the centre file has no line for this frame")
-        center_uvd = parse_numbers(self._center_files[0][line], 3, frame, "the centre")
+        text = self._center_files[0][line]
+        if text == "invalid":
+            raise FrameError(frame, "no hand was found in it, says the centre file")
+        center_uvd = parse_numbers(text, 3, frame, "the centre")
         if center_uvd[2] <= 0 or max(map(abs, center_uvd.tolist())) > MAX_CENTER:
             raise FrameError(frame, "the centre is impossible: {:g} {:g} {:g}".format(*center_uvd))
         return center_uvd
@@ -361,8 +361,8 @@ class HandDataset(Dataset):
                 return [LineFile(path) for path in files]
         missing = next(path for path in self.center_files(computed=False) if not path.is_file())
         raise UserError(
-            f"{missing} not found: put it there, or run `python check_dataset.py --dataset {self.name}"
-            " --force`, which computes centres from the frames"
+            f"{missing} not found: put it there, or run `{check_command(self.name, self.root)} --force`, "
+            "which computes centres from the frames"
         )
 
     def _trains(self):

@@ -108,7 +108,6 @@ def draw_frames(dataset, rows_uvd, columns=6):
 def main():
     """Run the demo; what exists from an earlier run is used again."""
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # --help, and nothing else
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of every `finally`
     train_set, test_set = load_or_render()
     options = parse_train("", [*COMMON, *TRAINING])
     train_on_cores([*COMMON, *TRAINING])

@@ -43,14 +43,18 @@ def read_joints(path, joints):
     count of numbers or holds something that is not a finite number.
     """
     if not path.is_file():
-        raise UserError(f"{path} not found: give a text file with a frame a line")
+        problem = "is no file" if path.exists() else "not found"
+        raise UserError(f"{path} {problem}: give a text file with a frame a line")
     values = array("d")  # HAND17 has 18 million numbers: no Python object may stay for each
     # Bytes that are no text are replaced, so that they are reported as tokens that are no numbers.
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            tokens = line.replace(",", " ").split()
-            if tokens:
-                values.extend(_parse_frame(tokens, 3 * joints, f"{path}, line {number}"))
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                tokens = line.replace(",", " ").split()
+                if tokens:
+                    values.extend(_parse_frame(tokens, 3 * joints, f"{path}, line {number}"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not values:
         raise UserError(f"{path} is empty: give a text file with a frame a line")
     return np.array(values).reshape(-1, joints, 3)
@@ -61,7 +65,7 @@ def _parse_frame(tokens, count, where):
     name = None if _is_number(tokens[0]) else tokens[0]
     numbers = tokens if name is None else tokens[1:]
     if len(numbers) != count:
-        after_name = "" if name is None else f" after {name!r}, which is not a number"
+        after_name = "" if name is None else f" after {name[:40]!a}, which is not a number"
         expected = f"expected {count} numbers ({count // 3} joints)"
         raise UserError(f"{where}: {expected}, found {len(numbers)}{after_name}")
     try:

@@ -3,6 +3,7 @@
 import math
 import os
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -10,6 +11,9 @@ import numpy as np
 
 from transforms import Frame
 from utils import UserError
+
+# A PNG's last chunk: its name and the checksum of nothing.
+PNG_END = b"IEND\xaeB`\x82"
 
 # Neither px nor mm, and as float32 its square is still a number.
 MAX_NUMBER = 1e9
@@ -78,12 +82,18 @@ def read_png(path):
     Raises FrameError where the file is missing, empty, cut short or no picture.
     """
     data = read_bytes(path)
-    if b"IEND" not in data[-16:]:
+    if data.rfind(PNG_END) < 0:
         raise FrameError(path, "the PNG is cut short or is no PNG")
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None:
-        raise FrameError(path, "the PNG does not decode")
-    return image
+    return decode_picture(path, data)
+
+
+def decode_picture(path, data):
+    """Decode a picture file's bytes as they are stored. Raises FrameError where they are no picture."""
+    with suppress(cv2.error):  # the header asks for more than any memory holds
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if image is not None:
+            return image
+    raise FrameError(path, "the picture does not decode")
 
 
 def read_bytes(path):

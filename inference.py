@@ -51,21 +51,22 @@ def replace_norms(network):
 def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
     """Return a function (img, label_img, mask) -> the last stage's StageOutput, on `device`.
 
-    The network is copied, not changed. On a CPU: channels_last throughout. On a GPU: bfloat16 too. Where
-    `frames`, the number still to come, repays it, the network runs compiled. What rounds otherwise is
-    used once it has been seen on the first batch to move no coordinate by `tolerance_mm`.
+    The network is copied, not changed. It runs in channels_last; on a GPU in bfloat16 or TF32 too, and
+    compiled where `frames`, the number still to come, repays it. What rounds otherwise is used once it
+    has been seen on the first batch to move no coordinate by `tolerance_mm`.
     """
     network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).eval()
     if device.type == "cpu":
         replace_norms(network)
     run = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(img, label_img, mask):
         nonlocal run
         inputs = [x.to(memory_format=torch.channels_last) for x in (img, label_img, mask)]
         if run is None:
-            exact, run = last_stage(network, inputs), network
+            run = at_float32(network)
+            exact = last_stage(run, inputs)
             for make in ways(network, inputs, frames):
                 try:
                     faster = make()
@@ -83,13 +84,25 @@ def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
 
 def ways(network, inputs, frames):
     """Return functions that make what may run faster than the network on so many frames, fastest first."""
-    device = inputs[0].device.type
-    repaid = frames >= COMPILE_FRAMES[device]
+    device = inputs[0].device
+    repaid = frames >= COMPILE_FRAMES[device.type]
     if repaid:
         tqdm.write(f"compiling the network, which {frames} frames repay")
     fast = cache(lambda: compile_for(network, inputs) if repaid else network)
-    half = [lambda: at_bfloat16(fast())] if device == "cuda" and torch.cuda.is_bf16_supported() else []
-    return half + [fast] * repaid
+    if device.type == "cpu":
+        return [fast] * repaid
+    half = [lambda: at_bfloat16(fast())] * (torch.cuda.get_device_capability(device) >= (8, 0))
+    return [*half, fast]  # the last in TF32, which is how torch runs convolutions by itself
+
+
+def at_float32(network):
+    """Return a function that runs the network without rounding what a GPU's convolutions read to TF32."""
+
+    def forward(*inputs):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return network(*inputs)
+
+    return forward
 
 
 def at_bfloat16(network):

@@ -91,10 +91,6 @@ class EpochSampler(Sampler):
         """The number of batches in a whole epoch."""
         return len(self.indices) // self.batch_size
 
-    def batch(self, step):
-        """Return the indices of the frames of global batch `step`."""
-        return self._keys()[step, :, :, 0].ravel().tolist()
-
     def _keys(self):
         """Return (index, seed) pairs, [steps, processes, batch of one process, 2]."""
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -257,17 +253,22 @@ def over_frames(work, frames, title):
             tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar,
         ):
             pending = deque()
-            for chunk in [*chunks, *[None] * (2 * cores)]:
-                pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
-                if len(pending) > 2 * cores and (done := pending.popleft()):
-                    yield from done.result()
-                    bar.update(len(done.result()))
+            try:
+                for chunk in [*chunks, *[None] * (2 * cores)]:
+                    pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
+                    if len(pending) > 2 * cores and (done := pending.popleft()):
+                        yield from done.result()
+                        bar.update(len(done.result()))
+            finally:
+                pool.shutdown(cancel_futures=True)
     except BrokenProcessPool:
         raise UserError(f"a worker died while it read {frames.root}: is there enough memory?") from None
 
 
 def _start_job(work, frames):
     global _job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     _job = work, frames

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Of a checkpoint's weights, those whose number is the joints'.
+JOINTS_BIAS = "stages.0.plane_regression.conv.9.bias"
+
 # Keeps the two weighted means defined where a heatmap or a mask is empty.
 EPSILON = 1e-14
 
@@ -251,7 +254,7 @@ def from_checkpoint(checkpoint):
     Raises ValueError or KeyError where the dict is no such checkpoint, RuntimeError where its
     weights do not fit its `model_param`.
     """
-    joints = len(checkpoint["state_dict"]["stages.0.plane_regression.conv.9.bias"])
+    joints = len(checkpoint["state_dict"][JOINTS_BIAS])
     network = PixelwiseRegression(joints, **checkpoint["model_param"])
     network.load_state_dict(checkpoint["state_dict"])
     return network
@@ -287,8 +290,7 @@ def _blur_matrix(label_size, kernel_size, sigma, device, dtype):
 def spatial_form(uvd, label_img, mask, kernel_size=7, sigma=1.5):
     """Return the target heatmaps and depthmaps [B, J, L, L] of normalised joints uvd [B, J, 3].
 
-    `label_img` and `mask` are [B, 1, L, L]. A joint off the grid gets empty maps; the loaders
-    refuse such frames. Source: paper section 3.1.
+    `label_img` and `mask` are [B, 1, L, L]. A joint off the grid gets empty maps. Source: paper section 3.1.
     """
     label_size = label_img.shape[-1]
     position = grid_position(uvd[..., :2].double(), label_size)

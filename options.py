@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def parse_train(description, argv=None, subject=False):
     Defaults may come from `--config FILE.yml`; the command line wins over them.
     Raises UserError for an unreadable configuration or a value out of range.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options], which --help lists", description=description)
     _add_data(parser, subject)
     _add_samples(parser)
     _add_network(parser)
@@ -30,7 +31,7 @@ def parse_train(description, argv=None, subject=False):
 
 def parse_test(description, argv=None, subject=False):
     """Parse the options of test.py, or with `subject` of test_msra.py."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options], which --help lists", description=description)
     _add_data(parser, subject)
     parser.add_argument("--seed", default="final", help="which checkpoint: final, or an epoch's number")
     parser.add_argument(
@@ -53,8 +54,9 @@ def _add_data(parser, subject):
         group.add_argument("--dataset", choices=[name for name in DATASETS if name != "MSRA"], default="NYU")
     group.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
     group.add_argument("--batch_size", type=int, default=32, help="frames a step, of all processes together")
+    own_cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     group.add_argument(
-        "--num_workers", type=int, default=usable_cores(), help="loading processes (default: all cores)"
+        "--num_workers", type=int, default=own_cores, help="loading processes (default: all cores)"
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--gpu_id", type=int, default=0, help="which GPU")
@@ -145,6 +147,8 @@ def _parse(parser, argv):
         raise UserError(f"--batch_size must be above 0, not {args.batch_size}")
     if args.num_workers < 0:
         raise UserError(f"--num_workers must be 0 or more, not {args.num_workers}")
+    if Path(args.suffix).name != args.suffix:
+        raise UserError(f"--suffix {args.suffix!r} must be part of a file's name")
     return args
 
 
@@ -171,10 +175,10 @@ def _config_arguments(parser, path):
 
 
 def _check_ranges(args):
-    for name in ("kernel_size", "sigmoid", "epoch", "lr", "decay_epoch", "features", "stages"):
+    for name in ("kernel_size", "sigmoid", "epoch", "lr", "lr_decay", "decay_epoch", "features", "stages"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
-    for name in ("weight_decay", "lr_decay", "lambda_h", "lambda_d"):
+    for name in ("weight_decay", "lambda_h", "lambda_d", "save_minutes", "max_bad_steps"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be 0 or more, not {getattr(args, name)}")
     if not 0 <= args.seed < 2**32:

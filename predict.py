@@ -24,7 +24,7 @@ from frames import FrameError
 from handfinder import find_center
 from inference import prepare
 from loading import to_device
-from model import grid_position
+from model import JOINTS_BIAS, grid_position
 from predictions import PredictionWriter
 from runs import network_from
 from samples import UnlabelledSample, prepare_crop
@@ -42,7 +42,6 @@ from utils import UserError, run
 
 # Joints of a checkpoint that does not name its data set; 21 are MSRA's or HAND17's.
 DATASET_OF_JOINTS = {14: "NYU", 16: "ICVL"}
-LAST_BIAS = "stages.0.plane_regression.conv.9.bias"
 
 # A joint's confidence is the share of its heatmap within this distance of it.
 SURE_WITHIN_MM = 15.0
@@ -263,9 +262,12 @@ def load_model(path, joints):
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint["state_dict"]
-    count = len(weights[LAST_BIAS]) if isinstance(weights, dict) and LAST_BIAS in weights else 0
+    count = len(weights[JOINTS_BIAS]) if isinstance(weights, dict) and JOINTS_BIAS in weights else 0
     named = path.name.partition("_")[0]
-    name = joints or checkpoint.get("dataset") or DATASET_OF_JOINTS.get(count, named)
+    says = checkpoint.get("dataset")
+    if joints and says not in (None, joints):
+        raise UserError(f"{path} was trained on {says}, not {joints}: leave --joints out")
+    name = says or joints or DATASET_OF_JOINTS.get(count, named)
     if name not in DATASETS:
         raise UserError(f"{path} predicts {count} joints: say with --joints which data set's they are")
     return network_from(checkpoint, path, DATASETS[name].joint_number), name
@@ -294,7 +296,9 @@ def parse(argv=None):
         help=f"px; or a YAML file with fx, fy, u0, v0; or one of {', '.join(PRESETS)}",
     )
     group.add_argument(
-        "--depth_unit", type=float, help="mm that a stored 1 means (default: the camera's, else 1)"
+        "--depth_unit",
+        type=float,
+        help="mm that a stored 1 means (default: the camera's own unit, 0.125 for SR300 and SR305, else 1)",
     )
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -305,9 +309,15 @@ def parse(argv=None):
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group = parser.add_argument_group("hand")
     where = group.add_mutually_exclusive_group()
-    where.add_argument("--center", metavar="U,V,D", help="its middle: column px, row px, depth mm")
     where.add_argument(
-        "--bbox", metavar="L,T,W,H", help="the box that holds it: left, top, width, height, px"
+        "--center",
+        metavar="U,V,D",
+        help="its middle: column px, row px, depth mm; where U is negative --center=U,V,D",
+    )
+    where.add_argument(
+        "--bbox",
+        metavar="L,T,W,H",
+        help="the box that holds it: left, top, width, height, px; where L is negative --bbox=L,T,W,H",
     )
     group.add_argument("--hand", choices=("right", "left"), default="right")
     _add_output(parser)
@@ -330,6 +340,8 @@ def _read_numbers(args):
         args.camera = args.camera._replace(unit_mm=args.depth_unit)
     args.center = args.center and parse_numbers(args.center, 3, "--center")
     args.bbox = args.bbox and parse_numbers(args.bbox, 4, "--bbox")
+    if args.bbox and min(args.bbox[2:]) <= 0:
+        raise UserError(f"--bbox {args.bbox}: width and height must be above 0")
 
 
 def _add_output(parser):
@@ -385,9 +397,8 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
                 print(f"warning: {path}: {pose.reason}", file=sys.stderr)
             good, near_uvd = good + (pose.reason is None), pose.center_uvd
             writer.write(path, depth_mm, pose)
-    print(
-        f"{good} of {total} frames have joints, {total / seconds:.1f} frames a second on {estimator.device}"
-    )
+    speed = f", {total / seconds:.1f} frames a second on {estimator.device}" if good else ""
+    print(f"{good} of {total} frames have joints{speed}")
     print(f"{writer.out}: {', '.join(writer.names)}")
     return good
 

@@ -1,5 +1,6 @@
 """A training run and a test run as a whole: from options to checkpoints, logs and result files."""
 
+import os
 import time
 from argparse import Namespace
 from contextlib import suppress
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 import distributed
-from checkpoints import draw_seed, load_checkpoint, resolve_device, seed_everything
+from checkpoints import draw_seed, load_checkpoint, resolve_device, seed_everything, torch_errors_explained
 from datasets import DATASETS, MSRADataset, test_labels_uvd
 from engine import Progress, picture_of, predict, train_one_epoch, validate
 from frames import FrameError
@@ -75,6 +76,7 @@ def build_network(args, joints, device):
     return network
 
 
+@torch_errors_explained()
 def train(args):
     """Train and validate as the options say; return (best epoch, its error mm, last error mm).
 
@@ -203,6 +205,7 @@ def _check_size(checkpoint):
         raise ValueError(f"the weights are not those of {', '.join(wrong)}")
 
 
+@torch_errors_explained()
 def test(args):
     """Predict a test split, write Result/<run>.txt and print the speed and, with labels, the errors.
 
@@ -210,7 +213,14 @@ def test(args):
     """
     device = resolve_device(args.device, args.gpu_id)
     cls, run = DATASETS[args.dataset], run_name(args)
-    network = load_network(args.model or checkpoint_path(run, args.seed), cls.joint_number)
+    if "RANK" in os.environ:
+        raise UserError("test.py and test_msra.py run in one process: leave torchrun out")
+    path = args.model or checkpoint_path(run, args.seed)
+    checkpoint = load_checkpoint(path)
+    trained_on = checkpoint.get("dataset", args.dataset)
+    if trained_on != args.dataset:
+        raise UserError(f"{path} was trained on {trained_on}, whose joints are not those of {args.dataset}")
+    network = network_from(checkpoint, path, cls.joint_number)
     label_size = network.param["label_size"]
     fold = {"subject": args.subject} if cls is MSRADataset else {}
     dataset = cls(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import signal
 import subprocess
@@ -62,6 +63,17 @@ def build_optimizer(args, parameters):
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     return torch.optim.AdamW(parameters, betas=(args.beta1, args.beta2), **shared)
+
+
+def lay_like_weights(optimizer):
+    """Give an optimiser's moments the memory layout of their weights, as fused steps take for granted.
+
+    A state may come from another device, or from a run without --compile.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if getattr(value, "shape", None) == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 class RunState:
@@ -168,6 +180,7 @@ class RunState:
         try:
             self.network.load_state_dict(saved["state_dict"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            lay_like_weights(self.optimizer)
             self.scheduler.load_state_dict(saved["scheduler"])
             self.epoch, self.records = saved["epoch"], saved["records"]
             self.progress = Progress(**saved["progress"])
@@ -210,7 +223,7 @@ class RunState:
 
     def finish(self):
         """Make the best epoch the final checkpoint; print best and last, return (epoch, best mm, last mm)."""
-        best, last = min(self.records, key=lambda record: record["val_mm"]), self.records[-1]
+        best, last = min(self.records, key=_error_mm), self.records[-1]
         if distributed.is_main():
             final, path = (checkpoint_path(self.run, which) for which in ("final", best["epoch"]))
             if path in self.unsaved or path.is_file():
@@ -226,20 +239,32 @@ class RunState:
         return best["epoch"], best["val_mm"], last["val_mm"]
 
 
+def _error_mm(record):
+    """Return an epoch's validation error, infinite where it is no number."""
+    return record["val_mm"] if math.isfinite(record["val_mm"]) else math.inf
+
+
 def load_state(args):
     """Return the saved state that --resume asks for, or None.
 
     Raises UserError where there is none, or it was made with other options.
     """
     path = checkpoint_path(run_name(args), "last")
-    if args.resume is None or args.resume == "auto" and not path.is_file():
+    if args.resume is None and path.is_file():
+        print(
+            f"WARNING: {path} and its run are written over from here on: stop now to keep them, "
+            "go on with them by --resume, or begin another run with --suffix"
+        )
+    if args.resume is None or not path.is_file() and args.resume == "auto":
         return None
     saved = load_checkpoint(path, STATE_KEYS)
     try:
         _check_state(**{key: saved[key] for key in ("epoch", "seed", "options", "progress", "records")})
     except DAMAGE as error:
         raise UserError(f"{path} is no state of a run ({error}): train anew without --resume") from None
-    if args.resume == "auto":
+    if saved["epoch"] >= args.epoch:
+        print(f"{path} has all of its {saved['epoch']} epochs: nothing is left to train")
+    else:
         print(f"resuming from {path}, epoch {saved['epoch'] + 1}, step {saved['progress']['step']}")
     now = resolved_options(args)
     for key, value in saved["options"].items():

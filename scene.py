@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cameras import PRESETS
 from datasets import DATASETS
 from hand import (
     NOISE_COLUMNS,
@@ -95,11 +96,11 @@ SENSORS = {
         wall=0.2,
     ),
     "SR305": Sensor(
-        Camera(476.007, 476.007, 313.683, 242.755),
-        (640, 480),
+        PRESETS["SR305"].camera,
+        PRESETS["SR305"].size_px,
         hand_mm=(450, 650),
         far_mm=960,
-        unit_mm=0.125,
+        unit_mm=PRESETS["SR305"].unit_mm,
         noise_per_m2=2.5,
         baseline_mm=26,
         gap_px=4,

@@ -1,7 +1,8 @@
 """Errors, atomic files, logs and pictures, shared by all scripts."""
 
-import glob
 import os
+import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -21,6 +22,10 @@ FINGER_COLOURS = (
     (140, 140, 140),
 )
 
+# Temporary files that nobody has written to for so long are nobody's.
+SWEEP_S = 3600
+_swept = {}
+
 
 class UserError(Exception):
     """What the user can mend: the message says in one line what, where and what to do."""
@@ -35,7 +40,13 @@ class Stopped(Exception):
 
 
 def run(main):
-    """Run a script's `main`; return its exit status: 1 with one line on stderr after a UserError."""
+    """Run a script's `main`; return its exit status: 1 with one line on stderr after a UserError.
+
+    SIGTERM ends it by way of every `finally`, as Ctrl-C does.
+    """
+    # What OpenCV has to say of a damaged picture is said in an error.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return main() or 0
     except UserError as error:
@@ -47,6 +58,8 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def usable_cores():
@@ -54,6 +67,12 @@ def usable_cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_command(name, root):
+    """Return the command that checks the data set in folder `root`, as error messages name it."""
+    where = [] if Path(root) == Path("Data", name) else ["--data_dir", str(root)]
+    return shlex.join(["python", "check_dataset.py", "--dataset", name, *where])
 
 
 @contextmanager
@@ -65,8 +84,9 @@ def atomic_path(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        _remove_leftovers(path.parent)
+        naming = dict(prefix=f".{path.stem}.", suffix=f".part{path.suffix}")
+        handle, name = tempfile.mkstemp(dir=path.parent, **naming)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -83,11 +103,15 @@ def atomic_path(path):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _remove_leftovers(path):
-    """Remove what writers of `path` that were killed left behind; one at work wrote in the last hour."""
-    for leftover in path.parent.glob(glob.escape(f".{path.stem}.") + "????????" + glob.escape(path.suffix)):
+def _remove_leftovers(folder):
+    """Remove what killed writers left in a folder, looked for once in a while; one at work is younger."""
+    now = time.time()
+    if now - _swept.get(folder, 0) < SWEEP_S:
+        return
+    _swept[folder] = now
+    for leftover in folder.glob(".*.????????.part*"):
         with suppress(FileNotFoundError):
-            if time.time() - leftover.stat().st_mtime > 3600:
+            if now - leftover.stat().st_mtime > SWEEP_S:
                 leftover.unlink()
 
 

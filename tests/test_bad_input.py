@@ -116,7 +116,7 @@ PICTURES = {
     "text": (lambda data: b"not a picture at all", "the PNG is cut short or is no PNG"),
     "damaged inside": (
         lambda data: data[:200] + bytes(b ^ 255 for b in data[200:300]) + data[300:],
-        "the PNG does not decode",
+        "the picture does not decode",
     ),
 }
 
@@ -319,7 +319,7 @@ def test_damaged_msra_label_is_refused(msra_frame):
     "change, reason",
     [
         (lambda lines: [lines[0], "invalid invalid invalid", lines[2]], "the centre is not numbers"),
-        (lambda lines: [lines[0], "invalid", lines[2]], "the centre is not numbers"),
+        (lambda lines: [lines[0], "invalid", lines[2]], "no hand was found in it, says the centre file"),
         (lambda lines: [lines[0], "nan nan nan", lines[2]], "the centre has a number that is not finite"),
         (lambda lines: [lines[0], "", lines[2]], "the centre has 0 numbers, expected 3"),
         (lambda lines: [lines[0], "300 200", lines[2]], "the centre has 2 numbers, expected 3"),
@@ -402,6 +402,14 @@ def test_training_ends_with_the_bad_frames_name_and_no_final_checkpoint(fresh_in
     assert not list(Path("Model").glob("*final.pt")) and not hidden_files(".")
 
 
+def test_label_file_that_is_a_folder_is_named(fresh, script):
+    path = fresh("ICVL") / "Training/labels.txt"
+    path.unlink()
+    path.mkdir()
+    done = script("check_dataset.py", "--dataset", "ICVL")
+    assert_one_clear_line(done, "Data/ICVL/Training/labels.txt cannot be read")
+
+
 @pytest.mark.parametrize("text, word", [("", "is empty"), ("\n\n", "only blank lines")])
 def test_training_refuses_an_index_without_lines(text, word, fresh_indexed, script):
     (fresh_indexed("NYU") / "train.txt").write_text(text)
@@ -424,6 +432,21 @@ def test_testing_writes_zeros_for_a_bad_frame_and_says_so(fresh_indexed, script)
 
 
 # Checkpoints
+
+
+def test_checkpoint_of_another_data_set_is_refused(fresh_indexed, script):
+    """Though it may have as many joints: their order is another."""
+    fresh_indexed("NYU")
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    done = use_checkpoint(script, saved({**checkpoint, "dataset": "ICVL"}))
+    assert_one_clear_line(done, "damaged.pt was trained on ICVL, whose joints are not those of NYU")
+
+
+def test_testing_is_the_work_of_one_process(fresh_indexed, script, monkeypatch):
+    fresh_indexed("NYU")
+    monkeypatch.setenv("RANK", "1")
+    done = script("test.py", "--dataset", "NYU", "--model", CHECKPOINT, *ON_CPU)
+    assert_one_clear_line(done, "leave torchrun out")
 
 
 def use_checkpoint(script, data, dataset="NYU"):

@@ -10,6 +10,7 @@ import tracemalloc
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ON_CPU, SMALL_NETWORK, expected, hidden_files
 
 import cache
@@ -185,6 +186,16 @@ def test_a_frame_that_changes_under_an_open_cache_is_read_from_its_file(cached, 
         assert_same(frames.sample(index), plain.sample(index))
     notices = capfd.readouterr().err.splitlines()
     assert len(notices) == 1 and f"{path} has changed since" in notices[0] and frames.cache.usable
+
+
+def test_a_cache_stands_in_for_files_that_are_gone(cached):
+    root = cached("ICVL")
+    frames = DATASETS["ICVL"](path=root, dataset="train")
+    before = frames.sample(0)
+    shutil.rmtree(root / "Training/Depth")
+    (root / "Training/Depth").touch()
+    again = DATASETS["ICVL"](path=root, dataset="train").sample(0)
+    assert all(torch.equal(one, other) for one, other in zip(before, again))
 
 
 def test_other_settings_do_not_use_the_cache(cached, capfd):

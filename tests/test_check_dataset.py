@@ -1,13 +1,17 @@
 """check_dataset.py: which frames enter the index, what it says about the others, and computed centres."""
 
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
-from conftest import GOLDEN, expected, hidden_files
+from conftest import GOLDEN, REPO, expected, hidden_files
 
 from datasets import DATASETS
 
@@ -140,10 +144,27 @@ def test_unusable_frames_are_refused_counted_and_named(fresh, script):
 def test_second_run_does_nothing_and_says_so(fresh, script):
     root = fresh("NYU")
     script("check_dataset.py", "--dataset", "NYU")
-    (root / "train.txt").write_text("a line of mine\n")
+    mine = (root / "train.txt").read_text().splitlines()[-1]
+    (root / "train.txt").write_text(mine)
     done = script("check_dataset.py", "--dataset", "NYU")
     assert done.status == 0 and "all index files are in Data/NYU; --force builds them again" in done.out
-    assert (root / "train.txt").read_text() == "a line of mine\n"
+    assert (root / "train.txt").read_text() == mine
+
+
+def test_index_of_another_data_set_is_noticed(fresh, script):
+    root = fresh("NYU")
+    script("check_dataset.py", "--dataset", "NYU")
+    done = script("check_dataset.py", "--dataset", "ICVL", "--data_dir", root)
+    assert done.status == 1 and done.err.startswith("error: ") and "is that ICVL?" in done.err
+
+
+def test_centre_file_that_lost_a_line_is_noticed(fresh, script):
+    root = fresh("NYU")
+    path = root / "nyu_center_train.txt"
+    assert "WARNING" not in script("check_dataset.py", "--dataset", "NYU").out
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    done = script("check_dataset.py", "--dataset", "NYU", "--force")
+    assert f"WARNING: {path} has 2 lines for 3 frames" in done.out
 
 
 def test_force_and_a_missing_index_file_build_again(fresh, script):
@@ -156,6 +177,29 @@ def test_force_and_a_missing_index_file_build_again(fresh, script):
     (root / "val.txt").unlink()
     assert script("check_dataset.py", "--dataset", "NYU").status == 0
     assert indexes_of(root) == whole and not hidden_files(root)
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_its_processes_and_writes_nothing(number, fresh):
+    """To the whole group, as from a terminal or a batch system."""
+    root = fresh("HAND17")
+    labels = root / "training/Training_Annotation.txt"
+    labels.write_text(labels.read_text() * 20_000)
+    command = [sys.executable, REPO / "check_dataset.py", "--dataset", "HAND17"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        err = ""
+        while "frame/s" not in err:
+            assert process.poll() is None, err
+            err += process.stderr.read(10)
+        os.killpg(process.pid, number)
+        err += process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and "Traceback" not in err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert not (root / "train.txt").exists() and not hidden_files(root)
 
 
 # Computed centres

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import pytest
 import torch
 from conftest import REPO, hidden_files
-from training import RUN, TINY, records, repeat_lines, train_tiny
+from training import RUN, TINY, global_batches, records, repeat_lines, train_tiny
 
 import distributed
 from checkpoints import load_checkpoint
@@ -76,7 +76,7 @@ def test_processes_share_each_batch_without_repeats(world, start, monkeypatch):
     """Nor does their number, or where an epoch goes on, change what a batch holds."""
     whole = EpochSampler(np.arange(100), 12, seed=7)
     whole.epoch = 3
-    steps = [whole.batch(step) for step in range(whole.steps)]
+    steps = global_batches(whole)
     assert len(steps) == 8 and len(set(sum(steps, []))) == 96
     parts = []
     for _ in as_each(monkeypatch, world):
@@ -222,7 +222,7 @@ def test_frame_that_one_process_cannot_read_ends_all_with_the_state_saved(worker
     """Process 1 of 2 misses its frame of the third step: two steps were taken, and can be gone on from."""
     lines = (data / "train.txt").read_text().splitlines()
     order = EpochSampler(np.arange(8), 2, 5)
-    gone = order.batch(2)[1]
+    gone = global_batches(order)[2][1]
     lines[gone] = lines[gone].replace(".png", "_gone.png")
     mended = (data / "train.txt").read_text()
     (data / "train.txt").write_text("\n".join(lines))

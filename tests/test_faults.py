@@ -12,7 +12,16 @@ import pytest
 import torch
 from conftest import hidden_files
 from torch.utils.data import get_worker_info
-from training import RUN, TINY, assert_same_values, records, repeat_lines, tiny_process, train_tiny
+from training import (
+    RUN,
+    TINY,
+    assert_same_values,
+    global_batches,
+    records,
+    repeat_lines,
+    tiny_process,
+    train_tiny,
+)
 
 import engine
 import utils
@@ -254,7 +263,7 @@ def test_frame_that_goes_bad_is_named_or_counted(name, kind, fresh_indexed, monk
         ("ICVL", "train.txt", lambda numbers: numbers[1:], "the label has 47 numbers, expected 48"),
         ("ICVL", "train.txt", lambda numbers: [], "the label has 0 numbers"),
         ("HAND17", "train.txt", lambda numbers: [*numbers[:2], "-1", *numbers[3:]], "behind the camera"),
-        ("ICVL", "icvl_center_train.txt", lambda _: ["invalid"], "the centre is not numbers"),
+        ("ICVL", "icvl_center_train.txt", lambda _: ["invalid"], "no hand was found in it"),
         ("ICVL", "icvl_center_train.txt", lambda _: [], "the centre has 0 numbers"),
         ("NYU", "nyu_center_train.txt", lambda _: ["1", "2", "nan"], "the centre has a number that is not"),
         ("NYU", "nyu_center_train.txt", lambda _: ["1", "2", "-3"], "the centre is impossible"),
@@ -338,7 +347,9 @@ def test_frame_at_which_a_worker_dies_is_named_and_the_state_saved(data, monkeyp
     saved = load_checkpoint(LAST, STATE_KEYS)
     # Steps that were loaded before may be lost with the process, but none is taken twice or left out.
     sampler = EpochSampler(np.arange(12), 2, 5)
-    assert saved["progress"]["step"] <= next(step for step in range(6) if 7 in sampler.batch(step))
+    assert saved["progress"]["step"] <= next(
+        step for step, batch in enumerate(global_batches(sampler)) if 7 in batch
+    )
     train_tiny("--num_workers", 2, "--batch_size", 2, "--resume")
     assert len(records()) == 2
 
@@ -433,10 +444,39 @@ def test_checkpoint_without_space_leaves_the_old_one(tmp_path, monkeypatch):
     assert load_checkpoint(path, ()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
+# What torch says of the machine
+
+
+class InductorError(RuntimeError):
+    """As torch raises it."""
+
+    __module__ = "torch._inductor.exc"
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried"),
+            "the GPU's memory is full: .*--batch_size",
+        ),
+        (InductorError("no g[+][+]\nlong"), "compiling failed .no g.*leave --compile out"),
+    ],
+)
+def test_full_gpu_and_missing_compiler_end_a_run_in_one_line(error, words, data, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(engine, "train_step", fail)
+    with pytest.raises(UserError, match=words) as shown:
+        train_tiny("--epoch", 1)
+    assert "\n" not in str(shown.value) and load_checkpoint(LAST, STATE_KEYS)["progress"]["step"] == 0
+
+
 # Atomic writes
 
 
-def test_killed_writer_leaves_the_old_file_and_its_rubbish_goes(tmp_path):
+def test_killed_writer_leaves_the_old_file_and_its_rubbish_goes(tmp_path, monkeypatch):
     path = tmp_path / "train.txt"
     path.write_text("old")
     pid = os.fork()
@@ -450,6 +490,7 @@ def test_killed_writer_leaves_the_old_file_and_its_rubbish_goes(tmp_path):
     with atomic_path(path) as temporary:
         temporary.write_text("new")
     assert leftover.exists(), "its writer might still be at work"
+    monkeypatch.setattr(utils, "_swept", {})
     os.utime(leftover, (time.time() - 4000,) * 2)
     other = tmp_path / ".train.longer.abcdefgh.txt"
     other.touch()

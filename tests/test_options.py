@@ -63,6 +63,13 @@ def test_published_options_keep_their_defaults():
     assert (test["seed"], test["process_mode"], test["suffix"]) == ("final", "uvd", "default")
 
 
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("options.usable_cores", lambda: 16)
+    assert parse_train("", []).num_workers == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert parse_train("", []).num_workers == 4
+
+
 def test_test_takes_the_architecture_from_the_checkpoint_alone():
     assert not {"features", "level", "stages", "label_size"} & set(vars(parse_test("Test.", [])))
 
@@ -173,7 +180,10 @@ def test_written_options_read_back_alike(tmp_path):
         ("--beta2 -0.1", "--beta2 must be at least 0 and below 1"),
         ("--weight_decay -1", "--weight_decay must be 0 or more"),
         ("--lambda_h nan", "--lambda_h must be 0 or more"),
-        ("--lr_decay -1", "--lr_decay must be 0 or more"),
+        ("--lr_decay 0", "--lr_decay must be above 0"),
+        ("--save_minutes -1", "--save_minutes must be 0 or more"),
+        ("--max_bad_steps -1", "--max_bad_steps must be 0 or more"),
+        ("--suffix a/b", "--suffix 'a/b' must be part of a file's name"),
         ("--seed -1", "--seed must be 0 to 4294967295"),
         ("--seed 5000000000", "--seed must be 0 to 4294967295"),
         ("--num_workers -1", "--num_workers must be 0 or more"),

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -22,6 +24,17 @@ from utils import UserError
 
 CAMERA = Camera(475.0, 475.0, 319.5, 239.5)
 CAMERA_TEXT = "475,475,319.5,239.5"
+
+
+def giant(form):
+    """Return a picture file whose header promises more pixels than any memory holds."""
+    if form == "png":
+        header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 16, 0, 0, 0, 0)
+        chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IEND\xaeB`\x82"
+    tags = [(256, 2**31 - 1), (257, 2**31 - 1), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (279, 2)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0"
 
 
 def save_network(path, joints=21, **more):
@@ -158,7 +171,9 @@ def test_the_script_takes_a_presets_name_and_a_center(tmp_path, model):
     [
         (["frame.png", "--model", "absent.pt"], "absent.pt not found"),
         (["empty", "--model", "small.pt"], "no depth frame"),
-        (["frame.png", "--model", "small.pt", "--joints", "NYU"], "21 joints"),
+        (["frame.png", "--model", "published.pt", "--joints", "NYU"], "21 joints"),
+        (["frame.png", "--model", "small.pt", "--joints", "MSRA"], "was trained on HAND17, not MSRA"),
+        (["frame.png", "--model", "empty"], "empty is no file"),
         (["frame.png", "--model", "published.pt"], "say with --joints"),
     ],
 )
@@ -183,6 +198,7 @@ def test_what_cannot_be_used_ends_in_one_line(arguments, message, workplace, mod
         (["--camera", CAMERA_TEXT, "--cube", "-1"], "--cube must be above 0"),
         (["--camera", CAMERA_TEXT, "--center", "1,2"], "expected 3 numbers"),
         (["--camera", CAMERA_TEXT, "--bbox", "1,2,three,4"], "expected 4 numbers"),
+        (["--camera", CAMERA_TEXT, "--bbox", "1,2,0,4"], "width and height must be above 0"),
     ],
 )
 def test_wrong_options_end_with_status_2(arguments, message, workplace, script):
@@ -217,6 +233,8 @@ def test_the_joints_of_an_unnamed_checkpoint_come_from_their_number_or_the_files
         ("short.bin", b"123", "24 bytes"),
         ("empty.tif", b"", "the file is empty"),
         ("text.tif", b"hello", "does not decode"),
+        ("giant.png", giant("png"), "does not decode"),
+        ("giant.tif", giant("tif"), "does not decode"),
         ("absent.png", None, "missing"),
         ("nothing.png", np.pad(np.full((20, 20), 500, np.uint16), 200), "hand"),
     ],
@@ -286,6 +304,12 @@ def test_every_kind_of_file_is_read_to_millimetres(tmp_path, indexed):
     whole, part = read_depth(msra.frame_path(0), PRESETS["MSRA"]), msra.read(0)
     assert whole.shape == (240, 320)
     assert whole[part.top, part.left] == part.depth_mm[0, 0] and whole.sum() == part.depth_mm.sum()
+
+
+def test_bytes_behind_the_end_of_a_png_do_no_harm(tmp_path):
+    path = write_png(tmp_path / "depth.png", hand_frame())
+    path.write_bytes(path.read_bytes() + bytes(32))
+    np.testing.assert_array_equal(read_depth(path, parse_camera(CAMERA_TEXT)), hand_frame())
 
 
 def test_a_frame_of_another_size_than_the_cameras_is_refused(tmp_path, model):

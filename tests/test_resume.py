@@ -175,6 +175,36 @@ def test_resume_without_state_says_so(place):
         train_tiny("--resume")
 
 
+def test_beginning_anew_over_a_run_is_said(place, capfd):
+    train_tiny("--epoch", 1)
+    assert "WARNING" not in capfd.readouterr().out
+    train_tiny("--epoch", 1)
+    assert f"WARNING: {LAST} and its run are written over" in capfd.readouterr().out
+
+
+def test_moments_lie_in_memory_as_their_weights_do(place):
+    """Fused steps walk both in memory's order; --compile and GPUs put weights into channels_last."""
+    train_tiny("--epoch", 1)
+    args = parse_train("", TINY)
+    splits = runs.open_splits(args)
+    network = runs.build_network(args, splits[0].joint_number, torch.device("cpu"))
+    state = runs.RunState(args, network.to(memory_format=torch.channels_last), splits[::2])
+    state.restore(saved := load_checkpoint(LAST, STATE_KEYS))
+    for number, parameter in enumerate(network.parameters()):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = state.optimizer.state[parameter][name]
+            assert moment.stride() == parameter.stride()
+            assert torch.equal(moment, saved["optimizer"]["state"][number][name])
+
+
+def test_an_epoch_whose_validation_was_no_number_is_not_the_best(place):
+    train_tiny()
+    state = torch.load(LAST, weights_only=True)
+    state["records"][0]["val_mm"] = float("nan")
+    torch.save(state, LAST)
+    assert train_tiny("--resume")[0] == 2
+
+
 @pytest.mark.parametrize("option, value", [("lr", 0.01), ("batch_size", 2), ("features", 48), ("seed", 6)])
 def test_other_options_are_refused(option, value, place):
     train_tiny("--epoch", 1)

@@ -284,6 +284,32 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, REPO / "synthetic.py", "--layout", "NYU", "--train", "5000", "--out", "NYU"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as started:
+        while not list(tmp_path.glob("NYU.partial/*/*.png")):
+            assert started.poll() is None
+            time.sleep(0.05)
+        started.terminate()
+        assert started.wait(60) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert is_gone(started.pid)
+
+
+def is_gone(group, seconds=10):
+    """Return whether a process group ends in time: Python's own helpers do after the rest."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 # A train.py that writes its process's number and waits; the second process is killed where asked for.
 TRAIN = """import os, signal, sys, time
 if "killed" in sys.argv:

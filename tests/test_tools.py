@@ -51,6 +51,13 @@ def test_export_says_what_is_missing(monkeypatch):
         export._import_onnxruntime()
 
 
+def test_a_torch_that_cannot_write_onnx_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_import_onnxruntime", lambda: None)
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args: None)
+    with pytest.raises(UserError, match="is too old to write ONNX: give --format pt2"):
+        export.export(None, (), tmp_path / "model.onnx", "onnx", True)
+
+
 def test_frames_that_cannot_be_read_are_passed_over(indexed, tmp_path):
     root = shutil.copytree(indexed("NYU"), tmp_path / "NYU")
     dataset = export.DATASETS["NYU"]
@@ -83,7 +90,7 @@ def test_the_export_tool_prints_difference_and_speed(model, indexed, tmp_path, c
     export.main(["--model", str(model), *map(str, options)])
     printed = capsys.readouterr().out
     assert "largest difference" in printed and "a batch of 2: PyTorch" in printed
-    with pytest.raises(UserError, match="--batch must be above 0"):
+    with pytest.raises(UserError, match="--batch must be dynamic or a number above 0"):
         export.main(["--model", str(model), "--batch", "many"])
 
 

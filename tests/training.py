@@ -28,6 +28,12 @@ def repeat_lines(path, count):
     path.write_text("".join(f"{lines[i % len(lines)]}\n" for i in range(count)))
 
 
+def global_batches(sampler):
+    """Return the frames of each batch of an EpochSampler of one process."""
+    indices = [index for index, _ in sampler]
+    return [indices[k : k + sampler.batch_size] for k in range(0, len(indices), sampler.batch_size)]
+
+
 def train_tiny(*arguments):
     """Train in this process, in the current folder; `arguments` win over TINY."""
     return train(parse_train("", [*TINY, *map(str, arguments)]))

@@ -11,6 +11,7 @@ ONNX needs `pip install onnx onnxruntime onnxscript`.
 
 import argparse
 import copy
+import inspect
 import statistics
 import sys
 import time
@@ -111,6 +112,8 @@ def export(network, inputs, path, form, dynamic):
             torch.export.save(program, temporary)
         return torch.export.load(path).module()
     onnxruntime = _import_onnxruntime()
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+        raise UserError(f"this torch, {torch.__version__}, is too old to write ONNX: give --format pt2")
     network = copy.deepcopy(network)  # onnxruntime's own instance norm rounds off up to 0.1 mm
     replace_norms(network)
     with warnings.catch_warnings():
@@ -185,8 +188,11 @@ def parse(argv=None):
     parser.add_argument("--tolerance", type=float, default=0.05, help="largest difference allowed, mm")
     parser.add_argument("--out", type=Path, help="file (default: the model's name with the new suffix)")
     args = parser.parse_args(argv)
-    if args.crops < 1 or args.batch != "dynamic" and not (args.batch.isdecimal() and int(args.batch)):
-        raise UserError(f"--crops and --batch must be above 0, not {args.crops} and {args.batch}")
+    if args.batch != "dynamic" and not (args.batch.isdecimal() and int(args.batch)):
+        raise UserError(f"--batch must be dynamic or a number above 0, not {args.batch}")
+    for name in ("crops", "tolerance"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
     if args.format == "onnx":
         _import_onnxruntime()
     return args

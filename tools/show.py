@@ -29,7 +29,7 @@ AUGMENTATIONS = 5
 def main(argv=None):
     """Write the sheet that the command line asks for."""
     args = parse(argv)
-    options = {"subject": args.subject} if args.dataset == "MSRA" else {}
+    options = {"subject": args.subject or 0} if args.dataset == "MSRA" else {}
     dataset = DATASETS[args.dataset](
         path=args.data_dir,
         dataset=args.split,
@@ -49,9 +49,13 @@ def main(argv=None):
         for tile in draw_frame(dataset, index, args.augment, joints_uvd, errors_mm.get(index))
     ]
     columns = 1 + AUGMENTATIONS if args.augment else COLUMNS
-    path = args.out or Path("Result", "show", f"{args.dataset}_{args.split}.png")
+    fold = f"_subject{dataset.subject}" if args.dataset == "MSRA" else ""
+    path = args.out or Path("Result", "show", f"{args.dataset}_{args.split}{fold}.png")
     write_picture(path, contact_sheet(tiles, columns))
-    print(f"{path}: {len(indices)} of {len(dataset)} frames" + ", worst first" * bool(errors_mm))
+    order = (
+        ", worst first" if errors_mm else ", unsorted: this split has no labels" if args.predictions else ""
+    )
+    print(f"{path}: {len(indices)} of {len(dataset)} frames{order}")
 
 
 def parse(argv=None):
@@ -59,7 +63,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description="Write contact sheets of a data set and of predictions.")
     parser.add_argument("--dataset", choices=DATASETS, required=True)
     parser.add_argument("--split", choices=("train", "val", "test"), default="train")
-    parser.add_argument("--subject", type=int, default=0, help="held-out subject of MSRA")
+    parser.add_argument("--subject", type=int, help="held-out subject of MSRA (default: 0)")
     parser.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
     parser.add_argument("--index", type=int, nargs="+", help="frames, by their line in the index, from 0")
     parser.add_argument("--count", type=int, default=24, help="frames where --index names none")
@@ -71,6 +75,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.augment and (args.split != "train" or args.predictions):
         raise UserError("--augment goes with --split train and without --predictions")
+    if args.subject is not None and args.dataset != "MSRA":
+        raise UserError("--subject goes with --dataset MSRA")
     if args.count < 1:
         raise UserError(f"--count must be above 0, not {args.count}")
     if args.out and args.out.suffix.lower() not in SUFFIXES:
@@ -159,7 +165,7 @@ def _titled(picture, title):
 
 
 def _blank():
-    return np.full((TILE_PX, TILE_PX, 3), 40, np.uint8)
+    return np.zeros((TILE_PX, TILE_PX, 3), np.uint8)
 
 
 def contact_sheet(tiles, columns):

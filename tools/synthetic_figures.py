@@ -14,16 +14,14 @@ import torch
 
 import anatomy
 import hand
-from datasets import read_png
+from cameras import PRESETS, read_depth
 from render import render_depth
 from scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
-from utils import UserError, run
+from utils import UserError, atomic_path, run
 
 # Frames whose views look like the real ones beside them.
 RENDERED = [("NYU", 10), ("SR305", 0), ("SR305", 34), ("SR305", 36), ("SR305", 10)]
 REAL_SR305 = ("230536_110", "230536_70", "231615_100", "231615_220")
-SR305_UNIT_MM = 0.125
-SMALLEST = [cv2.IMWRITE_PNG_COMPRESSION, 9]
 
 
 def rendered_frame(name, seed):
@@ -37,10 +35,9 @@ def rendered_frame(name, seed):
 
 def real_frames(folder):
     """Return [(depth in mm [H, W], depth of the hand)] of the NYU frame and of REAL_SR305."""
-    nyu = read_png(folder / "nyu/test/depth_1_0000001.png").astype(np.float32)
-    frames = [(256 * nyu[..., 1] + nyu[..., 0], 765.0)]
+    frames = [(read_depth(folder / "nyu/test/depth_1_0000001.png", PRESETS["NYU"]), 765.0)]
     for name in REAL_SR305:
-        depth_mm = read_png(folder / f"sr305/{name}.png") * np.float32(SR305_UNIT_MM)
+        depth_mm = read_depth(folder / f"sr305/{name}.png", PRESETS["SR305"])
         frames.append((depth_mm, float(np.percentile(depth_mm[depth_mm > 0], 15))))
     return frames
 
@@ -61,9 +58,7 @@ def draw_real_and_rendered(real, out):
         for row in rows
     ]
     border = [[cv2.copyMakeBorder(p, 2, 2, 2, 2, cv2.BORDER_CONSTANT) for p in row] for row in pictures]
-    cv2.imwrite(
-        str(out / "real_and_rendered.png"), cv2.vconcat([cv2.hconcat(row) for row in border]), SMALLEST
-    )
+    write_smallest(out / "real_and_rendered.png", cv2.vconcat([cv2.hconcat(row) for row in border]))
 
 
 def draw_gestures(out):
@@ -89,7 +84,7 @@ def draw_gestures(out):
     for cell, name in zip(cells, anatomy.GESTURES):
         cv2.putText(cell, name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
     sheet = cv2.vconcat([cv2.hconcat(cells[k : k + 12]) for k in range(0, count, 12)])
-    cv2.imwrite(str(out / "gestures.png"), sheet, SMALLEST)
+    write_smallest(out / "gestures.png", sheet)
 
 
 def _sketch(depth_mm, joints, camera):
@@ -125,7 +120,14 @@ def draw_angles(out):
             )
             axis.axvline(limit, color="k", lw=1, ls="--")
     figure.tight_layout()
-    figure.savefig(out / "angles.png", dpi=70)
+    with atomic_path(out / "angles.png") as temporary:
+        figure.savefig(temporary, dpi=70)
+
+
+def write_smallest(path, picture):
+    """Write a picture [H, W, 3] (blue, green, red) as the smallest PNG."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1])
 
 
 def main():
