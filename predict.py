@@ -46,8 +46,8 @@ DATASET_OF_JOINTS = {14: "NYU", 16: "ICVL"}
 # A joint's confidence is the share of its heatmap within this distance of it.
 SURE_WITHIN_MM = 15.0
 
-# The surface that the second pass takes for the hand: what lies so near to a joint or a bone.
-HAND_AROUND_BONES_MM = 25.0
+# The surface that the second pass takes for the hand: what lies so near to a joint.
+HAND_AROUND_JOINTS_MM = 25.0
 LEAST_SHARE = 0.3
 
 SOME_FAILED = 3
@@ -237,7 +237,7 @@ def _mirrored(uvd, width):
 
 
 def _middle(crop, uvd):
-    """Return the middle (uvd) of the surface that lies around the bones predicted in a crop.
+    """Return the middle (uvd) of the surface that lies around the joints predicted in a crop.
 
     Without the arm, that is. Where they lie beside what was measured, the crop's own centre is kept.
     """
@@ -247,7 +247,7 @@ def _middle(crop, uvd):
     surface = np.stack([columns, rows, crop.label_img[0].numpy()[crop.mask[0].numpy() > 0]], axis=-1)
     millimetres = np.array([2 * cube_mm, 2 * cube_mm, cube_mm])
     apart_mm = np.linalg.norm((surface[:, None] - uvd) * millimetres, axis=-1).min(1)
-    hand = apart_mm < HAND_AROUND_BONES_MM
+    hand = apart_mm < HAND_AROUND_JOINTS_MM
     if hand.sum() < LEAST_SHARE * len(surface) or not hand.any():
         return crop.com.numpy().astype(np.float64)
     middle = surface[hand].mean(0, keepdims=True)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,7 +30,8 @@ class PredictionWriter:
     with `plot3d` views/NUMBER_NAME.png. A sequence of which a frame can be read also makes film.mp4 or
     film.gif.
 
-    A context manager: the files take their names when it ends without an error.
+    A context manager: the files take their names, and pictures of an earlier run go, when it ends without
+    an error.
     Raises UserError where the folder cannot be written.
     """
 
@@ -51,13 +53,24 @@ class PredictionWriter:
             self._json.write("{\n" + "".join(lines) + ' "frames": [')
             self._table = csv.writer(self._csv)
             self._table.writerow("frame joint x_mm y_mm z_mm u_px v_px d_mm confidence reason".split())
+            self._began_ns = os.fstat(self._json.fileno()).st_mtime_ns
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error):
         if error[0] is None:
             self._json.write("\n ]\n}\n")
-        return self._stack.__exit__(*error)
+        handled = self._stack.__exit__(*error)
+        if error[0] is None:
+            self._remove_older()
+        return handled
+
+    def _remove_older(self):
+        """Remove the pictures and films of an earlier run, which the new files do not speak of."""
+        for pattern in ("overlay/??????_*.png", "views/??????_*.png", "film.mp4", "film.gif"):
+            for path in self.out.glob(pattern):
+                if path.stat().st_mtime_ns < self._began_ns:
+                    path.unlink()
 
     def _head(self):
         estimator = self.estimator

@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,15 +16,16 @@ from conftest import ON_CPU, run_process
 from cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
 from checkpoints import save_checkpoint
 from datasets import DATASETS
-from model import PixelwiseRegression
-from predict import HandPoseEstimator, _middle, load_model
-from predictions import finger_chains
+from model import PixelwiseRegression, StageOutput
+from predict import HandPose, HandPoseEstimator, _middle, load_model, predict_all
+from predictions import Gif, draw_views, finger_chains
 from samples import prepare_crop
 from transforms import Camera, Frame
-from utils import UserError
+from utils import FINGER_COLOURS, UserError
 
 CAMERA = Camera(475.0, 475.0, 319.5, 239.5)
 CAMERA_TEXT = "475,475,319.5,239.5"
+CENTER = (320.0, 240.0, 505.0)
 
 
 def giant(form):
@@ -112,6 +114,32 @@ def test_a_mirrored_frame_of_a_left_hand_gives_mirrored_joints(model, estimator)
     left = HandPoseEstimator(model, CAMERA, hand="left", device="cpu")(depth_mm[:, ::-1])
     np.testing.assert_allclose(left.joints_xyz, right.joints_xyz * (-1, 1, 1), atol=0.01)
     np.testing.assert_allclose(left.joints_uvd[:, 0], 639 - right.joints_uvd[:, 0], atol=0.01)
+    np.testing.assert_allclose(left.center_uvd, right.center_uvd * (-1, 1, 1) + (639, 0, 0), atol=0.01)
+
+
+@pytest.mark.parametrize("hand, column", [("right", 300), ("left", 339)])
+def test_the_hand_is_looked_for_where_it_was(hand, column, model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("predict.find_center", lambda frame, camera, near: asked.append(near) or CENTER)
+    HandPoseEstimator(model, CAMERA, hand=hand, device="cpu")(hand_frame(), near_uvd=(300, 200, 490))
+    np.testing.assert_array_equal(asked, [(column, 200, 490)])
+
+
+def test_a_second_crop_is_cut_around_the_first_prediction(estimator, monkeypatch):
+    monkeypatch.setattr("predict._middle", lambda crop, uvd: np.array([330.0, 250.0, 505.0]))
+    np.testing.assert_array_equal(estimator(hand_frame()).center_uvd, (330, 250, 505))
+    np.testing.assert_array_equal(estimator(hand_frame(), center_uvd=CENTER).center_uvd, CENTER)
+
+
+def test_confidence_is_the_share_of_the_heatmap_near_the_joint(model, monkeypatch):
+    """A pixel of this map is 9.7 mm: 15 mm reach to its eight neighbours."""
+    estimator = HandPoseEstimator(model, CAMERA, device="cpu")
+    heatmaps = torch.zeros(1, 21, 32, 32)
+    for row, column, share in ((16, 16, 0.5), (16, 17, 0.2), (17, 15, 0.1), (16, 18, 0.2)):
+        heatmaps[:, :, row, column] = share
+    output = StageOutput(heatmaps, heatmaps, torch.zeros(1, 21, 3))
+    monkeypatch.setattr(estimator, "_forward", lambda *_: output)
+    np.testing.assert_allclose(estimator(hand_frame()).confidence, 0.8, rtol=1e-6)
 
 
 def test_a_batch_gives_what_single_frames_give(estimator):
@@ -149,10 +177,84 @@ def test_the_script_writes_what_the_call_returns_and_goes_on_after_bad_frames(tm
     np.testing.assert_allclose([joint["xyz"] for joint in written], pose.joints_xyz, atol=0.01)
     np.testing.assert_allclose([joint["confidence"] for joint in written], pose.confidence, atol=1e-3)
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
+    columns = [("x_mm", "y_mm", "z_mm"), ("u_px", "v_px", "d_mm")]
+    in_table = [[[float(row[name]) for name in names] for names in columns] for row in rows[:21]]
+    assert in_table == [[joint["xyz"], joint["uvd"]] for joint in written]
     assert len(rows) == 2 * 21 + 3 and rows[21]["reason"] == result["frames"][1]["reason"]
-    assert cv2.imread(str(tmp_path / "out/overlay/000000_depth_1.png")).shape == (480, 640, 3)
+    overlay = cv2.imread(str(tmp_path / "out/overlay/000000_depth_1.png"))
+    assert overlay.shape == (480, 640, 3) and (overlay[..., ::-1] == FINGER_COLOURS[4]).all(-1).any()
     assert cv2.imread(str(tmp_path / "out/views/000004_depth_10.png")).shape == (400, 800, 3)
     assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).read()[0]
+
+
+@pytest.mark.parametrize(
+    "options, call, unit_mm, keywords",
+    [
+        (["--bbox", "200,100,240,300"], {"bbox": (200, 100, 240, 300)}, 1, {}),
+        (["--cube", "120"], {}, 1, {"cube_mm": 120}),
+        (["--hand", "left"], {}, 1, {"hand": "left"}),
+        (["--depth_unit", "1.5"], {}, 1.5, {}),
+    ],
+)
+def test_options_of_the_script_are_those_of_the_call(
+    options, call, unit_mm, keywords, workplace, model, script
+):
+    depth = hand_frame()
+    depth[240:] += depth[240:] // 50
+    write_png(Path("frame.png"), depth)
+    done = script(
+        "predict.py", "frame.png", "--camera", CAMERA_TEXT, "--model", model, "--device", "cpu", *options
+    )
+    assert done.status == 0, done.err
+    frame = json.loads(Path("Result/predict/predictions.json").read_text())["frames"][0]
+    found = [joint["xyz"] for joint in frame["joints"]]
+    plain = HandPoseEstimator(model, CAMERA, device="cpu")(depth).joints_xyz
+    same = HandPoseEstimator(model, CAMERA, device="cpu", **keywords)(depth * np.float32(unit_mm), **call)
+    np.testing.assert_allclose(found, same.joints_xyz, atol=0.01)
+    assert np.abs(found - plain).max() > 0.1
+
+
+def test_within_a_sequence_the_last_centre_is_handed_on(tmp_path):
+    files = [[write_png(tmp_path / name / f"{k}.png", hand_frame()) for k in (1, 2)] for name in "ab"]
+    asked = []
+
+    def estimator(depth_mm, near_uvd):
+        asked.append(near_uvd)
+        return HandPose(None, None, None, len(asked))
+
+    estimator.device = "cpu"
+    writer = SimpleNamespace(write=lambda *_: None, out=tmp_path, names=[])
+    assert predict_all(estimator, parse_camera(CAMERA_TEXT), files, {}, writer) == 4
+    assert asked == [None, 1, None, 3]
+
+
+def test_pictures_of_an_earlier_run_go(workplace, model, script):
+    options = ["--camera", CAMERA_TEXT, "--model", model, "--device", "cpu"]
+    for name in ("1.png", "2.png"):
+        write_png(Path("recording", name), hand_frame())
+    mine = write_png(Path("Result/predict/overlay/mine.png"), np.zeros((2, 2), np.uint8))
+    assert script("predict.py", "recording", *options, "--plot3d").status == 0
+    assert script("predict.py", "recording/2.png", *options).status == 0
+    kept = sorted(str(path.relative_to("Result/predict")) for path in Path("Result/predict").rglob("*.*"))
+    assert kept == [f"overlay/{'000000_2.png'}", "overlay/mine.png", "predictions.csv", "predictions.json"]
+    assert mine.exists()
+
+
+def test_the_right_view_shows_depth_to_its_right():
+    """What lies 60 mm behind the centre is 80 of 400 px off the middle of a cube of 300 mm."""
+    depth_mm, center_xyz = hand_frame(), np.array([0.0, 0.0, 500.0])
+    joints_xyz = np.repeat([center_xyz + (0, 0, 60)], 21, axis=0)
+    pose = HandPose(joints_xyz, None, None, np.array([319.5, 239.5, 500.0]))
+    views = draw_views(depth_mm, pose, CAMERA, 150, DATASETS["HAND17"].config)
+    for view, column in ((views[:, :400], 200), (views[:, 400:], 280)):
+        assert abs(np.nonzero((view == FINGER_COLOURS[4]).all(-1))[1].mean() - column) < 1
+
+
+def test_a_gif_keeps_few_pictures_in_memory(tmp_path):
+    gif = Gif(tmp_path / "film.gif", 250)
+    for _ in range(250):
+        gif.add(np.zeros((48, 64, 3), np.uint8))
+    assert 80 < len(gif.pictures) <= 100
 
 
 def test_the_script_takes_a_presets_name_and_a_center(tmp_path, model):
@@ -257,8 +359,11 @@ def test_a_place_without_a_hand_gets_its_reason(estimator):
     depth_mm = hand_frame()
     near = np.full((480, 640), 500, np.uint16)
     near[200:260, 280:360] = 30
+    patch = np.zeros((480, 640), np.uint16)
+    patch[240:252, 320:332] = 500
     for pose, message in (
         (estimator(depth_mm, center_uvd=(20, 20, 500)), "fewer than 10 hand pixels"),
+        (estimator(patch, center_uvd=(320, 240, 505)), "fewer than 10 hand pixels"),
         (estimator(depth_mm, center_uvd=(320, 240, 3)), "too near"),
         (estimator(near, bbox=(300, 220, 20, 20)), "too near"),
         (estimator(depth_mm, bbox=(0, 0, 20, 20)), "no depth"),
@@ -319,6 +424,13 @@ def test_a_frame_of_another_size_than_the_cameras_is_refused(tmp_path, model):
         read_depth(path, PRESETS["D435"])
     with pytest.raises(ValueError, match="320x240 px, the camera 640x480"):
         HandPoseEstimator(model, "D435", device="cpu")(depth_mm)
+    with pytest.raises(ValueError, match="480x640 px, the camera 640x480"):
+        check_depth(np.full((640, 480), 500, np.uint16), size_px=(640, 480))
+
+
+def test_presets_look_through_the_middle_of_their_pictures():
+    for name, (camera, _, (width, height)) in PRESETS.items():
+        assert abs(camera.u0 / width - 0.5) < 0.09 and abs(camera.v0 / height - 0.5) < 0.09, name
 
 
 @pytest.mark.parametrize("video", ["mp4", "gif"])
