@@ -289,6 +289,15 @@ def test_line_that_names_no_frame_is_refused(with_centres, fresh, script):
     assert_one_refused(check(script, "HAND17"), root, "train.txt line 1", "names no .png file", total=4)
 
 
+def test_a_frame_without_a_number_is_refused_where_centres_are_computed(fresh, script):
+    root = fresh("HAND17")
+    (root / "hands17_center_train.txt").unlink()
+    images, labels = root / "training/images", root / "training/Training_Annotation.txt"
+    (images / "image_D00000002.png").rename(images / "image_x.png")
+    labels.write_text(edit_second_label(labels.read_text(), lambda f: ["image_x.png", *f[1:]]))
+    assert_one_refused(check(script, "HAND17"), root, "image_x.png", "holds no frame number", total=3)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e9])
 def test_impossible_nyu_joint_is_refused(value, fresh, script):
     root = fresh("NYU")
@@ -473,6 +482,14 @@ def test_truncated_checkpoint_is_refused(share, fresh_indexed, script):
     fresh_indexed("NYU")
     data = CHECKPOINT.read_bytes()
     assert_one_clear_line(use_checkpoint(script, data[: int(share * len(data))]), "damaged.pt")
+
+
+def test_checkpoint_with_a_flipped_bit_in_its_weights_is_refused(fresh_indexed, script):
+    fresh_indexed("NYU")
+    data = bytearray(CHECKPOINT.read_bytes())
+    weight = torch.load(CHECKPOINT, weights_only=True)["state_dict"]["stages.0.conv.weight"]
+    data[data.index(weight.numpy().tobytes())] ^= 1
+    assert_one_clear_line(use_checkpoint(script, data), "damaged.pt is damaged", "checksum")
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -86,6 +86,19 @@ def test_samples_are_those_of_the_released_programs(cached, name):
             assert error < 1e-5, field
 
 
+def test_fractions_of_a_millimetre_are_kept(fresh_indexed):
+    root = fresh_indexed("MSRA")
+    path = root / "P1/1/000000_depth.bin"
+    header, depth_mm = path.read_bytes()[:24], np.fromfile(path, "<f4", offset=24)
+    depth_mm[depth_mm > 0] += 0.5
+    path.write_bytes(header + depth_mm.tobytes())
+    options = dict(path=root, dataset="val", subject=1, targets=False)
+    plain = DATASETS["MSRA"](**options, use_cache=False).sample(0)
+    build_cache("MSRA", root)
+    delete_frames(root)
+    assert_same(DATASETS["MSRA"](**options).sample(0), plain)
+
+
 def test_msra_folds_share_one_cache(cached):
     root = cached("MSRA")
     assert [path.name for path in root.glob("*.cache")] == ["frames.cache"]
@@ -122,6 +135,13 @@ def flip(path, at):
     path.write_bytes(data)
 
 
+def make_older(path):
+    """Turn the version in a cache's head, a little-endian number, into the one before."""
+    data = bytearray(path.read_bytes())
+    data[8] = cache.VERSION - 1
+    path.write_bytes(data)
+
+
 def change_labels(root):
     lines = (root / "train.txt").read_text().splitlines()
     (root / "train.txt").write_text("".join(f"{line[:-1]}{(int(line[-1]) + 1) % 10}\n" for line in lines))
@@ -133,6 +153,7 @@ DAMAGES = {
     "another file": lambda root: shutil.copy(root / "train.txt", root / "train.cache"),
     "magic": lambda root: flip(root / "train.cache", 0),
     "version": lambda root: flip(root / "train.cache", 8),
+    "older version": lambda root: make_older(root / "train.cache"),
     "header": lambda root: flip(root / "train.cache", 40),
     "record": lambda root: [flip(root / "train.cache", at) for at in range(5000, 80000, 5000)],
     "table": lambda root: flip(root / "train.cache", -1),
@@ -205,11 +226,13 @@ def test_other_settings_do_not_use_the_cache(cached, capfd):
     assert "another cube" in capfd.readouterr().err
 
 
-def test_check_dataset_leaves_a_good_cache_and_rebuilds_a_stale_one(cached, script):
+def test_check_dataset_leaves_a_good_cache_and_rebuilds_a_stale_one_or_by_force(cached, script):
     root = cached("NYU")
-    before = (root / "train.cache").stat().st_mtime_ns
+    before = (root / "train.cache").stat()
     assert "is in place" in script("check_dataset.py", "--dataset", "NYU", "--cache").out
-    assert (root / "train.cache").stat().st_mtime_ns == before
+    assert (root / "train.cache").stat().st_mtime_ns == before.st_mtime_ns
+    assert "is in place" not in script("check_dataset.py", "--dataset", "NYU", "--cache", "--force").out
+    assert (root / "train.cache").stat().st_ino != before.st_ino
     change_labels(root)
     assert script("check_dataset.py", "--dataset", "NYU", "--cache").status == 0
     assert DATASETS["NYU"](path=root, dataset="train").cache is not None

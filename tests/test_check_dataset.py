@@ -228,6 +228,14 @@ def test_missing_centre_files_are_computed_and_said_to_be(name, fresh, script):
     assert all(frames.refusal(index) is None for index in range(len(frames)))
 
 
+def test_distributed_centres_go_before_computed_ones(fresh_indexed):
+    root = fresh_indexed("NYU")
+    (root / "nyu_center_train_computed.txt").write_text("300 200 700\n" * 3)
+    frames = DATASETS["NYU"](path=root, dataset="train")
+    distributed = np.loadtxt(root / "nyu_center_train.txt")
+    np.testing.assert_array_equal([frames.center_uvd(index) for index in range(3)], distributed)
+
+
 def test_icvl_centre_file_without_its_list_is_not_trusted(fresh, script):
     """Without the list nobody knows which frame a line belongs to."""
     root = fresh("ICVL")

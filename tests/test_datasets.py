@@ -138,6 +138,13 @@ def test_second_nyu_person_gets_the_smaller_cube_one_frame_late(indexed):
     assert [frames.cube_of(index) for index in (0, 1)] == [150, 125]
 
 
+def test_validation_frames_of_hand17_have_their_centres_in_the_training_file(indexed):
+    root = indexed("HAND17")
+    frames = frames_of(root, "val")
+    u, v, d = np.loadtxt(root / "hands17_center_train.txt")[frames.number(0) - 1]
+    np.testing.assert_allclose(frames.sample(0).com, (int(u), int(v), d), rtol=1e-6)
+
+
 def test_real_frame_equals_what_the_released_programs_gave(shared, workplace):
     shutil.copytree(shared / "real" / "nyu", "Data/NYU", ignore=lambda *_: ["expected_val_0.npz"])
     with np.load(shared / "real" / "nyu" / "expected_val_0.npz") as arrays:
@@ -173,6 +180,28 @@ def test_sizes_follow_the_options(indexed):
     sample = frames_of(indexed("HAND17"), "val", image_size=64, label_size=32, kernel_size=5, sigmoid=1.0)[0]
     assert sample.img.shape == (1, 64, 64) and sample.heatmaps.shape == (21, 32, 32)
     assert len(sample.heatmaps[0].nonzero()) <= 36, "a blur of 5 px reaches 6 x 6 pixels"
+
+
+@pytest.mark.parametrize("label_size", [16, 32, 64])
+def test_a_joint_at_the_rim_is_used_at_any_label_size(label_size, indexed):
+    """At 0.488 of the crop from its middle it lies on the grid of 64 px alone."""
+    root = indexed("NYU")
+    plain = frames_of(root)
+    fields = plain.lines[0].split()
+    fields[1] = str(plain.sample(0).com[0].item() + 0.488 * (plain.sample(0).box_size.item() - 1))
+    frames = frames_of(root, lines=[" ".join(fields)], image_size=2 * label_size, label_size=label_size)
+    sample = frames.sample(0)
+    assert sample.uvd[0, 0] == pytest.approx(0.488, abs=1e-4)
+    assert sample.heatmaps.isfinite().all() and sample.depthmaps.isfinite().all()
+
+
+@pytest.mark.parametrize("pixels, refused", [(9, True), (10, False)])
+def test_ten_hand_pixels_are_enough(pixels, refused, indexed, monkeypatch):
+    frames = frames_of(indexed("NYU"), "test")
+    sample, mask = frames.sample(0), torch.zeros(1, 64, 64)
+    mask[0, 30, :pixels] = 1
+    monkeypatch.setattr(frames, "sample", lambda index: sample._replace(mask=mask))
+    assert (frames.refusal(0) is not None) == refused
 
 
 @pytest.mark.parametrize("name", NAMES)

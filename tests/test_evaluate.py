@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+from conftest import GOLDEN, ON_CPU
 
 import evaluate
 from metrics import PROTOCOLS, format_table, summarise
@@ -133,6 +134,29 @@ def test_errors_are_measured_after_back_projection(tmp_path, labels_path, capsys
     assert lines[0] == "ICVL, 3 test frames"
     assert lines[2].split() == ["mean,", "mm", "24.200"]
     assert lines[-1].split() == ["15", "little", "tip,", "mm", "24.200"]
+
+
+def test_each_part_of_a_test_set_has_its_own_mean(tmp_path, labels_path, capsys, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "ICVL", PROTOCOLS["ICVL"]._replace(split=1))
+    # Joints on the principal point, too deep by 1 mm in the first frame and by 3 and 5 mm in the others.
+    path = write_joints(tmp_path / "pred.txt", icvl_uvd() + [[[0, 0, n]] for n in (1, 3, 5)])
+    evaluate.main(["--dataset", "ICVL", "--labels", str(labels_path), str(path)])
+    assert figures_of_parts(capsys.readouterr().out) == ["1.000", "4.000"]
+
+
+def figures_of_parts(table):
+    """Return the last column of the rows of the two test parts."""
+    return [line.split()[-1] for line in table.splitlines() if "test part, mm" in line]
+
+
+def test_testing_prints_both_parts_as_the_evaluation_does(fresh_indexed, script, monkeypatch):
+    fresh_indexed("NYU")
+    monkeypatch.setitem(PROTOCOLS, "NYU", PROTOCOLS["NYU"]._replace(split=1))
+    checkpoint = GOLDEN / "expected" / "instance_softmax.pt"
+    tested = script("test.py", "--dataset", "NYU", "--model", checkpoint, *ON_CPU)
+    evaluated = script("evaluate.py", "--dataset", "NYU", "Result/NYU_default.txt")
+    parts = figures_of_parts(tested.out)
+    assert parts == figures_of_parts(evaluated.out) and len(set(parts)) == 2 and "-" not in parts
 
 
 def test_hand17_results_are_xyz_behind_a_name(tmp_path, capsys):

@@ -3,7 +3,9 @@
 import errno
 import os
 import signal
+import stat
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import cv2
@@ -29,7 +31,7 @@ from checkpoints import load_checkpoint, save_checkpoint
 from datasets import DATASETS
 from engine import BadNumbers, Progress, train_one_epoch, train_step
 from frames import LineFile
-from loading import EpochSampler, WorkerDied, make_loader
+from loading import EpochSampler, WorkerDied, batches_of, ending_workers, make_loader
 from model import PixelwiseRegression
 from options import parse_train
 from runstate import STATE_KEYS, build_optimizer
@@ -84,6 +86,20 @@ def test_bad_step_changes_nothing(optimiser, first_bad, norm_method, data):
         weights.append([copied(network), optimizer.state_dict()])
     assert flags == [0] * first_bad + [1, 1] + [0] * (4 - first_bad)
     assert_same_values(*weights)
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "sgd"])
+@pytest.mark.parametrize("counts", [{"frames": 0}, {"failed": True}])
+def test_step_without_a_frame_or_with_a_failure_changes_nothing(optimiser, counts, data):
+    """Nor does it go on by the momentum of the steps before."""
+    frames = DATASETS["ICVL"](label_size=16, image_size=32, targets=False)
+    samples = Sample(*(field[None] for field in frames.sample(0)))
+    network, args = tiny_network(frames, "batch"), options("--opt", optimiser)
+    optimizer = build_optimizer(args, network.parameters())
+    train_step(network, optimizer, samples, args)
+    before = copied(network), deepcopy(optimizer.state_dict())
+    train_step(network, optimizer, samples, args, **counts)
+    assert_same_values(list(before), [copied(network), optimizer.state_dict()])
 
 
 def test_finite_loss_with_a_gradient_that_is_not_is_bad_too(data, monkeypatch):
@@ -322,7 +338,24 @@ def test_what_is_no_frames_fault_ends_a_run_also_with_skip_bad(workers, data):
     assert "\n" not in str(error.value)
 
 
-# Loading processes that die
+# Loading processes, and those that die
+
+
+class Processes:
+    """Its frames tell of the process that loads them, which gets a Ctrl-C each time."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGINT)
+        return os.getpid(), cv2.getNumThreads()
+
+
+def test_loading_processes_have_one_thread_and_outlive_ctrl_c_and_epochs():
+    loader = make_loader(Processes(), range(6), options("--num_workers", 2), CPU, 1)
+    with ending_workers(loader):
+        epochs = [[batch.samples for batch in batches_of(loader)] for _ in range(2)]
+    pids = [{pid.item() for pid, _ in epoch} for epoch in epochs]
+    assert pids[0] == pids[1] and len(pids[0]) == 2 and os.getpid() not in pids[0]
+    assert {threads.item() for epoch in epochs for _, threads in epoch} == {1}
 
 
 def kill_worker_at(monkeypatch, index):
@@ -498,6 +531,17 @@ def test_killed_writer_leaves_the_old_file_and_its_rubbish_goes(tmp_path, monkey
     with atomic_path(path) as temporary:
         temporary.write_text("newer")
     assert path.read_text() == "newer" and sorted(tmp_path.iterdir()) == [other, path]
+
+
+def test_file_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "train.txt"):
+            pass
+        assert stat.S_IMODE((tmp_path / "train.txt").stat().st_mode) == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
 
 
 def test_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -112,6 +112,7 @@ def test_10000_hands_keep_bones_and_angles_within_their_limits():
         hands_of(500, seed, left_share=0.5) for seed in range(20)
     ]  # 10,000 at once would not fit the caches
     hands = hand.Hands(*(torch.cat(fields) for fields in zip(*parts)))
+    assert abs(hands.left.float().mean() - 0.5) < 0.02
     low, high = hand.limits_rad(torch.zeros(1))
     assert (hands.angles >= low - 1e-6).all() and (hands.angles <= high + 1e-6).all()
     width = (hands.angles.amax(0) - hands.angles.amin(0)) / (high - low)
@@ -145,6 +146,13 @@ def test_an_open_right_hand_shows_its_thumb_on_the_right_and_a_left_one_on_the_l
         assert (joints[12, 1] < joints[0, 1] - 120).all()  # fingers up
         bent = hands._replace(angles=hand.gesture_angles(torch.zeros(1))[3:4], rotation=upright)
         assert joints_xyz(bent)[0, 12, 2] < joints_xyz(bent)[0, 9, 2]  # a fist closes towards the palm's side
+
+
+def test_most_hands_face_the_camera_with_the_palm_or_less_often_the_back():
+    _, x, y, _ = hands_of(1000).rotation.unbind(1)
+    facing = 1 - 2 * (x * x + y * y)  # cosine between the way the hand's back looks and the camera's view
+    assert (facing.abs() > 0.5).float().mean() > 0.8  # within 60 degrees; half of all rotations are
+    assert 0.55 < (facing > 0).float().mean() < 0.75
 
 
 def test_a_hand_does_not_depend_on_its_batch():

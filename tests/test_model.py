@@ -164,6 +164,15 @@ def test_batch_norm_may_shrink_to_one_pixel():
     assert len(small_network(label_size=16, level=3, norm_method="batch")(*inputs())) == 2
 
 
+def test_weights_of_convolutions_start_xavier_normal():
+    """Of a uniform draw with the same deviation none would lie beyond 1.73 of it."""
+    layers = [module for module in small_network().modules() if isinstance(module, nn.Conv2d)]
+    for weight in (layer.weight for layer in layers if layer.weight.numel() > 4000):
+        fans = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()
+        deviations = weight / (2 / fans) ** 0.5
+        assert abs(deviations.std() - 1) < 0.05 and deviations.abs().max() > 3
+
+
 # Decoder, against a literal transcription of its definition
 
 
@@ -309,3 +318,22 @@ def test_bfloat16_autocast_gives_a_finite_loss_close_to_float32(heatmap_method):
     full, half = loss(False), loss(True)
     assert np.isfinite(half) and half != full
     assert half == pytest.approx(full, rel=0.05)
+
+
+@pytest.mark.parametrize("heatmap_method", ["softmax", "sum"])
+def test_decoder_leaves_autocast(heatmap_method):
+    """What it makes of half-precision maps equals what it makes of the same maps in float32."""
+    plane = PlaneRegression(3, 32, 16, 3, "batch", heatmap_method)
+    depth = DepthRegression(3, 32, 3, "batch")
+    plane.conv = depth.conv = nn.Identity()
+    maps = torch.randn(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    _, label_img, mask = inputs()
+
+    def decoded(logits, depthmaps, enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            heatmaps, uv = plane(logits)
+            return heatmaps, uv, *depth(depthmaps, heatmaps, label_img, mask)
+
+    half, full = decoded(*maps, enabled=True), decoded(*maps.float(), enabled=False)
+    for one, other in zip(half, full, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)

@@ -148,7 +148,7 @@ def test_final_checkpoint_is_the_best_epoch_in_the_published_form(name, chains):
     best, final = epochs[int(np.argmin(errors_mm))], epochs[-1]
     assert best["state_dict"].keys() == final["state_dict"].keys()
     assert all(torch.equal(best["state_dict"][key], final["state_dict"][key]) for key in best["state_dict"])
-    assert final["seed"] == 11 and final["model_param"]["features"] == 32
+    assert final["seed"] == 11 and final["model_param"]["features"] == 32 and final["dataset"] == name
     assert len(final["state_dict"]["stages.0.plane_regression.conv.9.bias"]) == DATASETS[name].joint_number
     assert f"best epoch {int(np.argmin(errors_mm)) + 1}: {min(errors_mm):.2f} mm" in chain.train.out
     assert f"last epoch 2: {errors_mm[1]:.2f} mm" in chain.train.out

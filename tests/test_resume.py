@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from training import (
     RUN,
     TINY,
     assert_same_run,
+    records,
     repeat_lines,
     tiny_process,
     train_tiny,
@@ -25,6 +27,7 @@ from training import (
 
 import engine
 import runs
+import runstate
 from checkpoints import load_checkpoint
 from options import parse_train
 from runstate import STATE_KEYS
@@ -122,14 +125,31 @@ def test_signal_handlers_are_given_back(place):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_state_is_written_every_save_minutes(place, monkeypatch):
-    saves = []
-    monkeypatch.setattr(
-        runs.RunState, "save", lambda self, progress: saves.append((self.epoch, progress.step))
-    )
-    train_tiny("--save_minutes", 0, "--epoch", 1)
-    # After every step, after the validation's first, and at the end of the epoch.
-    assert saves == [(0, step) for step in (1, 2, 3, 4, 5, 6, 6)] + [(1, 0)]
+@pytest.mark.parametrize("minutes, steps", [(0, [1, 2, 3, 4, 5, 6, 6]), (1, [3, 6])])
+def test_state_is_written_every_save_minutes(minutes, steps, place, monkeypatch):
+    """After a step of training or validation, which takes 25 s here, and at the end of the epoch."""
+    forward, save, seconds, saves = engine.forward_losses, runs.RunState.save, [], []
+
+    def slow(*arguments):
+        seconds.append(25)
+        return forward(*arguments)
+
+    def noted(self, progress):
+        saves.append((self.epoch, progress.step))
+        save(self, progress)
+
+    monkeypatch.setattr(engine, "forward_losses", slow)
+    monkeypatch.setattr(runs.RunState, "save", noted)
+    monkeypatch.setattr(runstate, "time", SimpleNamespace(monotonic=lambda: sum(seconds)))
+    train_tiny("--save_minutes", minutes, "--epoch", 1)
+    assert saves == [*((0, step) for step in steps), (1, 0)]
+
+
+def test_rate_decays_as_asked_also_over_a_stop(place):
+    options = ["--lr", 0.01, "--lr_decay", 0.5, "--decay_epoch", 2]
+    train_tiny(*options, "--epoch", 1)
+    train_tiny(*options, "--epoch", 4, "--resume")
+    assert [record["lr"] for record in records()] == pytest.approx([0.01, 0.01, 0.005, 0.005])
 
 
 def test_auto_starts_where_there_is_nothing_and_says_where_it_goes_on(place, uninterrupted, capfd):

@@ -21,6 +21,7 @@ from datasets import DATASETS
 from hand import joints_xyz
 from scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
 from synthetic import FINGERS, frame_path, icvl_joints, nyu_joints, write_dataset
+from transforms import xyz2uvd
 from utils import UserError
 
 COUNTS = {"NYU": (12, 4), "ICVL": (12, 4), "MSRA": (16, 4), "HAND17": (12, 4)}
@@ -152,6 +153,26 @@ def test_the_official_quirks_are_there(roots):
     )
 
 
+def test_boxes_of_hand17_have_a_width_and_a_height(roots):
+    """From the joints to a box's four sides it is the hand's flesh, a few centimetres at most."""
+    folder, camera = roots / "HAND17" / "frame", SENSORS["HAND17"].camera
+    boxes = np.loadtxt(folder / "BoundingBox.txt", usecols=range(1, 5))
+    joints = np.loadtxt(folder / "test_annotation.txt", usecols=range(1, 64)).reshape(-1, 21, 3)
+    for (left, top, width, height), uvd in zip(boxes, xyz2uvd(joints, camera), strict=True):
+        low_px, high_px = uvd[:, :2].min(0), uvd[:, :2].max(0)
+        flesh_px = np.concatenate([low_px - (left, top), (left + width, top + height) - high_px])
+        assert (flesh_px > 0).all() and (flesh_px * uvd[:, 2].min() / camera.fx < 40).all()
+
+
+def test_noise_of_two_frames_differs_where_their_scenes_are_alike(monkeypatch):
+    draw_first = lambda uniform, sensor: draw_scenes(uniform[:1].repeat(len(uniform), 1), sensor)  # noqa: E731
+    monkeypatch.setattr(synthetic, "draw_scenes", draw_first)
+    first, second = synthetic.render_frames("HAND17", 7, "test", range(2))
+    np.testing.assert_array_equal(first.joints_xyz, second.joints_xyz)
+    both = (first.depth_mm > 0) & (second.depth_mm > 0)
+    assert (first.depth_mm != second.depth_mm)[both].mean() > 0.2
+
+
 def test_centres_of_icvl_go_by_image_number_beyond_10000_too(tmp_path):
     count = 702 + 10_001
     (tmp_path / "Testing").mkdir()
@@ -234,6 +255,42 @@ def test_a_scene_does_not_depend_on_its_batch_and_shows_the_hand_in_front():
     assert mask.flatten(1).sum(1).min() > 1000
 
 
+@pytest.mark.parametrize("name", SENSORS)
+def test_time_of_flight_alone_measures_between_two_surfaces(name):
+    exact = torch.full((1, 120, 160), 500.0)
+    exact[:, 30:90, 60:100] = 300.0
+    measured = measure(exact, SENSORS[name], SENSORS[name].camera.fx, torch.Generator().manual_seed(0))
+    flying = (measured > 320) & (measured < 480)
+    assert flying.any() == (name in ("ICVL", "MSRA"))
+
+
+def background_share(sensor):
+    """Return how much [100] of what is no hand or arm shows something behind them, in small pictures."""
+    uniform = torch.rand(100, SCENE_COLUMNS, generator=torch.Generator().manual_seed(2))
+    scenes, empty = (draw_scenes(uniform, s) for s in (sensor, sensor._replace(body=0.0, wall=0.0)))
+    camera, size_px = torch.tensor(sensor.camera) / 8, [size // 8 for size in sensor.size_px]
+    exact_mm, _ = render_scene(scenes, camera, size_px)
+    arm_mm, _ = render_scene(scenes._replace(behind=empty.behind, wall=empty.wall), camera, size_px)
+    free = arm_mm > 10_000
+    return (free & (exact_mm < 10_000)).sum((1, 2)) / free.sum((1, 2))
+
+
+@pytest.mark.parametrize("name, body, wall", [("NYU", 0.8, 0.5), ("HAND17", 0.6, 0.2)])
+def test_bodies_and_walls_are_behind_hands_in_their_share_of_frames(name, body, wall):
+    sensor = SENSORS[name]
+    assert abs((background_share(sensor) > 0.99).float().mean() - wall) < 0.15
+    bodies = background_share(sensor._replace(wall=0.0))
+    assert bodies.max() < 0.7
+    assert abs((bodies > 0.02).float().mean() - body) < 0.15
+
+
+@pytest.mark.parametrize("name", SENSORS)
+def test_hands_of_icvl_are_left_and_all_others_right(name):
+    uniform = torch.rand(20, SCENE_COLUMNS, generator=torch.Generator().manual_seed(2))
+    left = draw_scenes(uniform, SENSORS[name]).hands.left
+    assert left.all() if name == "ICVL" else not left.any()
+
+
 def script(*arguments):
     command = [sys.executable, "synthetic.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(synthetic.__file__).parent)
@@ -249,12 +306,14 @@ def test_an_existing_or_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "file").touch()
     counts = {"train": 1, "test": 1}
-    with pytest.raises(UserError, match="exists"):
-        write_dataset("NYU", counts, 1, tmp_path / "old", 1)
+    (tmp_path / "link").symlink_to("nowhere")
+    for taken in ("old", "file", "link"):
+        with pytest.raises(UserError, match="exists: give --out"):
+            write_dataset("NYU", counts, 1, tmp_path / taken, 1)
     for unwritable in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
         with pytest.raises(UserError, match="cannot write"):
             write_dataset("NYU", counts, 1, unwritable, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "old"]
 
 
 @pytest.mark.parametrize("folder", [".", "..", "/"])

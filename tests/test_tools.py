@@ -90,8 +90,17 @@ def test_the_export_tool_prints_difference_and_speed(model, indexed, tmp_path, c
     export.main(["--model", str(model), *map(str, options)])
     printed = capsys.readouterr().out
     assert "largest difference" in printed and "a batch of 2: PyTorch" in printed
+    fixed = torch.export.load(out).module()
+    assert fixed(*(torch.zeros(2, 1, size, size) for size in (64, 32, 32)))[0].shape == (2, 21, 3)
+    with pytest.raises(Exception, match="(==|equal to) 2"):
+        fixed(*(torch.zeros(3, 1, size, size) for size in (64, 32, 32)))
     with pytest.raises(UserError, match="--batch must be dynamic or a number above 0"):
         export.main(["--model", str(model), "--batch", "many"])
+
+
+def test_an_export_is_checked_on_50_crops_to_a_twentieth_of_a_millimetre():
+    args = export.parse(["--model", "small.pt", "--format", "pt2"])
+    assert (args.crops, args.tolerance, args.batch) == (50, 0.05, "dynamic")
 
 
 def test_crops_are_rendered_where_there_is_no_data_set(workplace):
@@ -105,6 +114,22 @@ def test_a_sheet_shows_frames_beside_their_augmentations(indexed, tmp_path):
     root = str(indexed("NYU"))
     show.main(["--dataset", "NYU", "--data_dir", root, "--augment", "--count", "2", "--out", str(out)])
     assert cv2.imread(str(out)).shape == (2 * show.TILE_PX, (1 + show.AUGMENTATIONS) * show.TILE_PX, 3)
+
+
+def test_augmented_tiles_show_other_crops(indexed):
+    dataset = show.DATASETS["NYU"](path=indexed("NYU"), dataset="train", targets=False)
+    tiles = show.draw_frame(dataset, 0, True, None, None)
+    untitled = [tile[20:].tobytes() for tile in tiles]
+    assert len(set(untitled)) == len(untitled) == 1 + show.AUGMENTATIONS
+
+
+def test_hand17_predictions_are_read_in_the_camera_frame(indexed, tmp_path):
+    dataset = show.DATASETS["HAND17"](path=indexed("HAND17"), dataset="val")
+    joints_xyz = np.stack([dataset.joints(index) for index in range(len(dataset))])
+    np.savetxt(tmp_path / "predictions.txt", joints_xyz.reshape(len(joints_xyz), -1), fmt="%.3f")
+    joints_uvd = show.load_predictions(tmp_path / "predictions.txt", dataset)
+    errors_mm = show.measure(dataset, joints_uvd)
+    assert list(errors_mm) == list(range(len(dataset))) and max(errors_mm.values()) < 0.01
 
 
 def test_predictions_are_shown_worst_first(indexed, tmp_path):
@@ -162,16 +187,45 @@ def test_a_mark_is_compared_with_its_own_joint():
         score_marks.score(estimator, None, {})
 
 
-def test_marks_are_scored_in_millimetres(model, tmp_path, capsys):
-    marks = {"thumb": [250, 200, 500], "wrist": [320, 310, 500]}
-    camera = {"fx": 475, "fy": 475, "u0": 319.5, "v0": 239.5}
-    content = {"camera": camera, "hand": "right", "frames": {"a": marks, "absent": marks}}
-    (tmp_path / "marks.json").write_text(json.dumps(content))
-    cv2.imwrite(str(tmp_path / "a.png"), hand_frame())
-    options = ["--marks", str(tmp_path / "marks.json"), "--model", str(model), "--device", "cpu"]
-    assert score_marks.main(options) == 0
-    printed = capsys.readouterr().out
-    assert "hand found in 1 of 2 frames, mean fingertip error" in printed and "missing" in printed
+MARKS = {"thumb": [250, 200, 500], "wrist": [320, 310, 500]}
+
+
+@pytest.fixture
+def score(model, tmp_path, capsys):
+    """Return a function that scores a hand's frame against marks and returns what is printed."""
+
+    def call(hand, depth_mm, marks):
+        camera = {"fx": 475, "fy": 475, "u0": 319.5, "v0": 239.5}
+        content = {"camera": camera, "hand": hand, "frames": {"a": marks, "absent": marks}}
+        (tmp_path / "marks.json").write_text(json.dumps(content))
+        cv2.imwrite(str(tmp_path / "a.png"), depth_mm)
+        options = ["--marks", str(tmp_path / "marks.json"), "--model", str(model), "--device", "cpu"]
+        assert score_marks.main(options) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def distances_mm(printed):
+    """Return the numbers of the first frame's line: of the centre and of each mark."""
+    return [float(cell) for cell in printed.splitlines()[2].split()[1:] if cell != "-"]
+
+
+def test_marks_are_scored_in_millimetres_and_a_wrist_is_no_fingertip(score):
+    printed = score("right", hand_frame(), MARKS)
+    _, thumb_mm, wrist_mm = distances_mm(printed)
+    assert thumb_mm != wrist_mm and "missing" in printed.splitlines()[3]
+    assert printed.endswith(f"hand found in 1 of 2 frames, mean fingertip error {thumb_mm} mm\n")
+
+
+def test_a_left_hand_scores_as_its_mirror_image_does(score):
+    right = score("right", hand_frame(), MARKS)
+    mirrored = {mark: [639 - u, v, d] for mark, (u, v, d) in MARKS.items()}
+    left = score("left", hand_frame()[:, ::-1], mirrored)
+    assert "left hand" in left and distances_mm(left) == pytest.approx(distances_mm(right), abs=0.15)
+
+
+def test_a_file_without_marks_is_refused(tmp_path):
     (tmp_path / "marks.json").write_text("[]")
     with pytest.raises(UserError, match="holds no marks"):
         score_marks.read_marks(tmp_path / "marks.json")

@@ -132,6 +132,13 @@ def test_depth_range_excludes_its_ends_and_holes():
     np.testing.assert_array_equal(crop[0], [0, -149, -1, 0, 149, 0, 0, 0])
 
 
+def test_holes_are_no_hand_where_the_cube_reaches_behind_the_camera():
+    depth = np.array([[0, 1, 101, 249, 250, 0, 0, 0]] * 8, np.uint16)
+    crop = crop_hand(Frame(depth), (4, 4, 100.0), 8, 150)
+    np.testing.assert_array_equal(crop[0], [0, -99, 1, 149, 0, 0, 0, 0])
+    assert hand_part(Frame(depth), 100.0, 150).rect == (1, 0, 4, 8)
+
+
 def test_part_of_a_picture_crops_like_the_whole():
     depth = random_depth(3)
     whole = np.zeros_like(depth)
