@@ -213,7 +213,7 @@ def test(args):
     """
     device = resolve_device(args.device, args.gpu_id)
     cls, run = DATASETS[args.dataset], run_name(args)
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("test.py and test_msra.py run in one process: leave torchrun out")
     path = args.model or checkpoint_path(run, args.seed)
     checkpoint = load_checkpoint(path)

@@ -453,7 +453,7 @@ def test_checkpoint_of_another_data_set_is_refused(fresh_indexed, script):
 
 def test_testing_is_the_work_of_one_process(fresh_indexed, script, monkeypatch):
     fresh_indexed("NYU")
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     done = script("test.py", "--dataset", "NYU", "--model", CHECKPOINT, *ON_CPU)
     assert_one_clear_line(done, "leave torchrun out")
 
