@@ -231,15 +231,14 @@ class CropCache:
             return None
         row = self._find(key)
         if row is None:
-            notice(
-                self.path,
-                self.settings,
-                "it lacks some frames of this index, which are read from their files",
-            )
+            self._notice("it lacks some frames of this index, which are read from their files")
             return None
         if not self._sizes[row]:
             return None
         return self._read_record(int(self._offsets[row]), int(self._sizes[row]), path)
+
+    def _notice(self, reason):
+        notice(self.path, self.settings, reason)
 
     def _read_record(self, offset, size, path):
         try:
@@ -248,13 +247,12 @@ class CropCache:
             data = b""
         if len(data) != size or zlib.crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "little"):
             self.usable = False
-            notice(self.path, self.settings, "a record is damaged; from here on frames are read from files")
+            self._notice("a record is damaged; from here on frames are read from their files")
             return None
         record = np.frombuffer(data, self._type, 1)[0]
         _, left, top, width, height, kind, stamp, center_uvd, joints_uvd = record
         if has_changed(path, stamp):
-            reason = f"{path} has changed since it was made; such frames are read from their files"
-            notice(self.path, self.settings, reason)
+            self._notice(f"{path} has changed since it was made; such frames are read from their files")
             return None
         depth = np.frombuffer(data, DEPTH_TYPES[kind], offset=self._type.itemsize)
         frame = Frame(depth.reshape(height, width), int(left), int(top))

@@ -11,7 +11,7 @@ import yaml
 
 from checkpoints import DAMAGE
 from datasets import DATASETS, MSRADataset
-from frames import MAX_NUMBER, FrameError, decode_picture, read_bytes, read_png, unpack_rgb
+from frames import MAX_NUMBER, FrameError, decode_picture, read_bin, read_bytes, read_png, unpack_rgb
 from transforms import Camera
 from utils import UserError
 
@@ -207,7 +207,7 @@ def _read_npy(path):
 
 
 def _read_bin(path):
-    part = MSRADataset(dataset="test", test_only=True, lines=[]).decode(path)
+    part = read_bin(path, MSRADataset.image_size_px)
     width, height = MSRADataset.image_size_px
     depth = np.zeros((height, width), np.float32)
     depth[part.top : part.rect.bottom, part.left : part.rect.right] = part.depth_mm

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import UserError, atomic_path
+from utils import UserError, atomic_path, require_file
 
 # What torch and zipfile raise at a file whose bytes were changed.
 DAMAGE = (
@@ -84,9 +84,7 @@ def load_checkpoint(path, needed=("state_dict", "model_param")):
     Raises UserError where the file is missing, damaged, not a checkpoint, or wants to run code.
     """
     path = Path(path)
-    if not path.is_file():
-        problem = "is no file" if path.exists() else "not found"
-        raise UserError(f"{path} {problem}: train first, or name a checkpoint that exists")
+    require_file(path, "train first, or name a checkpoint that exists")
     try:
         _verify(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from metrics import PROTOCOLS, format_table, joint_errors_mm, success_curve, summarise
-from utils import UserError, atomic_path, run
+from utils import UserError, atomic_path, require_file, run
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 PLOT_THRESHOLDS_MM = np.arange(81)
@@ -42,9 +42,7 @@ def read_joints(path, joints):
     Raises UserError when the file is missing or empty and, with the line's number, when a line has another
     count of numbers or holds something that is not a finite number.
     """
-    if not path.is_file():
-        problem = "is no file" if path.exists() else "not found"
-        raise UserError(f"{path} {problem}: give a text file with a frame a line")
+    require_file(path, "give a text file with a frame a line")
     values = array("d")  # HAND17 has 18 million numbers: no Python object may stay for each
     # Bytes that are no text are replaced, so that they are reported as tokens that are no numbers.
     try:

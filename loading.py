@@ -247,22 +247,19 @@ def over_frames(work, frames, title):
     cores = usable_cores()
     size = min(256, max(1, len(frames) // (8 * cores)))
     chunks = [range(start, min(start + size, len(frames))) for start in range(0, len(frames), size)]
+    pool = ProcessPoolExecutor(cores, initializer=_start_job, initargs=(work, frames))
+    pending = deque()
     try:
-        with (
-            ProcessPoolExecutor(cores, initializer=_start_job, initargs=(work, frames)) as pool,
-            tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar,
-        ):
-            pending = deque()
-            try:
-                for chunk in [*chunks, *[None] * (2 * cores)]:
-                    pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
-                    if len(pending) > 2 * cores and (done := pending.popleft()):
-                        yield from done.result()
-                        bar.update(len(done.result()))
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar:
+            for chunk in [*chunks, *[None] * (2 * cores)]:
+                pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
+                if len(pending) > 2 * cores and (done := pending.popleft()):
+                    yield from done.result()
+                    bar.update(len(done.result()))
     except BrokenProcessPool:
         raise UserError(f"a worker died while it read {frames.root}: is there enough memory?") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_job(work, frames):

@@ -1,4 +1,4 @@
-"""Command-line options of training and testing, with defaults from YAML."""
+"""Command-line options of training, testing (with defaults from YAML) and prediction."""
 
 import argparse
 import math
@@ -8,8 +8,11 @@ from pathlib import Path
 
 import yaml
 
+from cameras import PRESETS, parse_camera, parse_numbers
 from datasets import DATASETS, MSRADataset
 from utils import UserError, usable_cores
+
+USAGE = "%(prog)s [options], which --help lists"
 
 
 def parse_train(description, argv=None, subject=False):
@@ -18,7 +21,7 @@ def parse_train(description, argv=None, subject=False):
     Defaults may come from `--config FILE.yml`; the command line wins over them.
     Raises UserError for an unreadable configuration or a value out of range.
     """
-    parser = argparse.ArgumentParser(usage="%(prog)s [options], which --help lists", description=description)
+    parser = argparse.ArgumentParser(usage=USAGE, description=description)
     _add_data(parser, subject)
     _add_samples(parser)
     _add_network(parser)
@@ -31,7 +34,7 @@ def parse_train(description, argv=None, subject=False):
 
 def parse_test(description, argv=None, subject=False):
     """Parse the options of test.py, or with `subject` of test_msra.py."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options], which --help lists", description=description)
+    parser = argparse.ArgumentParser(usage=USAGE, description=description)
     _add_data(parser, subject)
     parser.add_argument("--seed", default="final", help="which checkpoint: final, or an epoch's number")
     parser.add_argument(
@@ -41,6 +44,33 @@ def parse_test(description, argv=None, subject=False):
         "--process_mode", choices=("uvd", "bb"), default="uvd", help="centre file, or bounding box (HAND17)"
     )
     return _parse(parser, argv)
+
+
+def parse_predict(argv=None):
+    """Parse the options of predict.py; camera, centre and box are numbers then."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s INPUT [INPUT ...] --camera CAMERA --model FILE [options]",
+        description="Find the hand in depth frames and predict its joints.",
+        epilog="Exit status: 0 every frame has joints, 3 some have none (the JSON says why), 1 none has, or "
+        "the model or a folder cannot be used, 2 wrong options.",
+    )
+    parser.add_argument(
+        "input",
+        nargs="+",
+        type=Path,
+        help="16-bit or NYU-style PNG, TIFF, .npy, MSRA .bin, or a folder of them: a sequence in the "
+        "order of the numbers in their names",
+    )
+    _add_camera(parser)
+    _add_model(parser)
+    _add_hand(parser)
+    _add_output(parser)
+    args = parser.parse_args(argv)
+    try:
+        _read_numbers(args)
+    except UserError as error:
+        parser.error(str(error))
+    return args
 
 
 def _add_data(parser, subject):
@@ -129,6 +159,61 @@ def _add_stopping(parser):
     )
 
 
+def _add_camera(parser):
+    group = parser.add_argument_group("camera")
+    group.add_argument(
+        "--camera",
+        required=True,
+        metavar="FX,FY,U0,V0",
+        help=f"px; or a YAML file with fx, fy, u0, v0; or one of {', '.join(PRESETS)}",
+    )
+    group.add_argument(
+        "--depth_unit",
+        type=float,
+        help="mm that a stored 1 means (default: the camera's own unit, 0.125 for SR300 and SR305, else 1)",
+    )
+
+
+def _add_model(parser):
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", type=Path, required=True, help="checkpoint (`python demo.py` makes one for trying)"
+    )
+    group.add_argument("--joints", choices=DATASETS, help="whose joints it predicts (default: what it says)")
+    group.add_argument("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _add_hand(parser):
+    group = parser.add_argument_group("hand")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
+        "--center",
+        metavar="U,V,D",
+        help="its middle: column px, row px, depth mm; where U is negative --center=U,V,D",
+    )
+    where.add_argument(
+        "--bbox",
+        metavar="L,T,W,H",
+        help="the box that holds it: left, top, width, height, px; where L is negative --bbox=L,T,W,H",
+    )
+    group.add_argument("--hand", choices=("right", "left"), default="right")
+
+
+def _add_output(parser):
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out", type=Path, default=Path("Result/predict"), help="folder (default: %(default)s)"
+    )
+    group.add_argument("--plot3d", action="store_true", help="also picture the points from two sides")
+    group.add_argument(
+        "--video",
+        choices=("mp4", "gif", "none"),
+        default="mp4",
+        help="film of a sequence (gif: 100 frames of it)",
+    )
+
+
 def _add_switch(group, name, text):
     group.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=text)
 
@@ -190,3 +275,18 @@ def _check_ranges(args):
             raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(args, name)}")
     if args.kernel_size % 2 == 0 or args.kernel_size // 2 >= args.label_size:
         raise UserError(f"--kernel_size must be odd and below twice --label_size, not {args.kernel_size}")
+
+
+def _read_numbers(args):
+    """Turn camera, centre and box of the command line from text to numbers. Raises UserError."""
+    for name in ("depth_unit", "cube"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} must be above 0, not {value}")
+    args.camera = parse_camera(args.camera)
+    if args.depth_unit is not None:
+        args.camera = args.camera._replace(unit_mm=args.depth_unit)
+    args.center = args.center and parse_numbers(args.center, 3, "--center")
+    args.bbox = args.bbox and parse_numbers(args.bbox, 4, "--bbox")
+    if args.bbox and min(args.bbox[2:]) <= 0:
+        raise UserError(f"--bbox {args.bbox}: width and height must be above 0")

@@ -7,7 +7,6 @@ python predict.py frame.npy --camera camera.yml --model Model/mine.pt --center 3
 `python demo.py` makes a model for trying, Model/HAND17_demo_final.pt.
 """
 
-import argparse
 import sys
 import time
 from contextlib import suppress
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cameras import PRESETS, DepthCamera, check_depth, list_frames, parse_camera, parse_numbers, read_depth
+from cameras import DepthCamera, check_depth, list_frames, parse_camera, read_depth
 from checkpoints import load_checkpoint, resolve_device
 from datasets import DATASETS, MIN_HAND_PIXELS
 from frames import FrameError
@@ -25,8 +24,9 @@ from handfinder import find_center
 from inference import prepare
 from loading import to_device
 from model import JOINTS_BIAS, grid_position
+from options import parse_predict
 from predictions import PredictionWriter
-from runs import network_from
+from runs import network_from, require_trained_on
 from samples import UnlabelledSample, prepare_crop
 from transforms import (
     Camera,
@@ -264,103 +264,16 @@ def load_model(path, joints):
     weights = checkpoint["state_dict"]
     count = len(weights[JOINTS_BIAS]) if isinstance(weights, dict) and JOINTS_BIAS in weights else 0
     named = path.name.partition("_")[0]
-    says = checkpoint.get("dataset")
-    if joints and says not in (None, joints):
-        raise UserError(f"{path} was trained on {says}, not {joints}: leave --joints out")
-    name = says or joints or DATASET_OF_JOINTS.get(count, named)
+    name = joints or checkpoint.get("dataset") or DATASET_OF_JOINTS.get(count, named)
     if name not in DATASETS:
         raise UserError(f"{path} predicts {count} joints: say with --joints which data set's they are")
+    require_trained_on(name, checkpoint, path)
     return network_from(checkpoint, path, DATASETS[name].joint_number), name
-
-
-def parse(argv=None):
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s INPUT [INPUT ...] --camera CAMERA --model FILE [options]",
-        description="Find the hand in depth frames and predict its joints.",
-        epilog="Exit status: 0 every frame has joints, 3 some have none (the JSON says why), 1 none has, or "
-        "the model or a folder cannot be used, 2 wrong options.",
-    )
-    parser.add_argument(
-        "input",
-        nargs="+",
-        type=Path,
-        help="16-bit or NYU-style PNG, TIFF, .npy, MSRA .bin, or a folder of them: a sequence in the "
-        "order of the numbers in their names",
-    )
-    group = parser.add_argument_group("camera")
-    group.add_argument(
-        "--camera",
-        required=True,
-        metavar="FX,FY,U0,V0",
-        help=f"px; or a YAML file with fx, fy, u0, v0; or one of {', '.join(PRESETS)}",
-    )
-    group.add_argument(
-        "--depth_unit",
-        type=float,
-        help="mm that a stored 1 means (default: the camera's own unit, 0.125 for SR300 and SR305, else 1)",
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", type=Path, required=True, help="checkpoint (`python demo.py` makes one for trying)"
-    )
-    group.add_argument("--joints", choices=DATASETS, help="whose joints it predicts (default: what it says)")
-    group.add_argument("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group = parser.add_argument_group("hand")
-    where = group.add_mutually_exclusive_group()
-    where.add_argument(
-        "--center",
-        metavar="U,V,D",
-        help="its middle: column px, row px, depth mm; where U is negative --center=U,V,D",
-    )
-    where.add_argument(
-        "--bbox",
-        metavar="L,T,W,H",
-        help="the box that holds it: left, top, width, height, px; where L is negative --bbox=L,T,W,H",
-    )
-    group.add_argument("--hand", choices=("right", "left"), default="right")
-    _add_output(parser)
-    args = parser.parse_args(argv)
-    try:
-        _read_numbers(args)
-    except UserError as error:
-        parser.error(str(error))
-    return args
-
-
-def _read_numbers(args):
-    """Turn camera, centre and box of the command line from text to numbers. Raises UserError."""
-    for name in ("depth_unit", "cube"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < np.inf:
-            raise UserError(f"--{name} must be above 0, not {value}")
-    args.camera = parse_camera(args.camera)
-    if args.depth_unit is not None:
-        args.camera = args.camera._replace(unit_mm=args.depth_unit)
-    args.center = args.center and parse_numbers(args.center, 3, "--center")
-    args.bbox = args.bbox and parse_numbers(args.bbox, 4, "--bbox")
-    if args.bbox and min(args.bbox[2:]) <= 0:
-        raise UserError(f"--bbox {args.bbox}: width and height must be above 0")
-
-
-def _add_output(parser):
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--out", type=Path, default=Path("Result/predict"), help="folder (default: %(default)s)"
-    )
-    group.add_argument("--plot3d", action="store_true", help="also picture the points from two sides")
-    group.add_argument(
-        "--video",
-        choices=("mp4", "gif", "none"),
-        default="mp4",
-        help="film of a sequence (gif: 100 frames of it)",
-    )
 
 
 def main(argv=None):
     """Predict as the command line says; return the exit status."""
-    args = parse(argv)
+    args = parse_predict(argv)
     hint = {"center_uvd": args.center, "bbox": args.bbox}
     sequences = [list_frames(path) if path.is_dir() else [path] for path in args.input]
     total = sum(map(len, sequences))

@@ -173,6 +173,13 @@ def folds(args):
     return options
 
 
+def require_trained_on(dataset, checkpoint, path):
+    """Raise UserError where a checkpoint, read from `path`, says that another data set's joints are its."""
+    says = checkpoint.get("dataset") or dataset
+    if says != dataset:
+        raise UserError(f"{path} was trained on {says}, whose joints are not those of {dataset}")
+
+
 def load_network(path, joints):
     """Build the network of a checkpoint file. Raises UserError where it is damaged or has other joints."""
     return network_from(load_checkpoint(path), path, joints)
@@ -217,9 +224,7 @@ def test(args):
         raise UserError("test.py and test_msra.py run in one process: leave torchrun out")
     path = args.model or checkpoint_path(run, args.seed)
     checkpoint = load_checkpoint(path)
-    trained_on = checkpoint.get("dataset", args.dataset)
-    if trained_on != args.dataset:
-        raise UserError(f"{path} was trained on {trained_on}, whose joints are not those of {args.dataset}")
+    require_trained_on(args.dataset, checkpoint, path)
     network = network_from(checkpoint, path, cls.joint_number)
     label_size = network.param["label_size"]
     fold = {"subject": args.subject} if cls is MSRADataset else {}

@@ -250,12 +250,14 @@ def load_state(args):
     Raises UserError where there is none, or it was made with other options.
     """
     path = checkpoint_path(run_name(args), "last")
-    if args.resume is None and path.is_file():
-        print(
-            f"WARNING: {path} and its run are written over from here on: stop now to keep them, "
-            "go on with them by --resume, or begin another run with --suffix"
-        )
-    if args.resume is None or not path.is_file() and args.resume == "auto":
+    if args.resume is None:
+        if path.is_file():
+            print(
+                f"WARNING: {path} and its run are written over from here on: stop now to keep them, "
+                "go on with them by --resume, or begin another run with --suffix"
+            )
+        return None
+    if args.resume == "auto" and not path.is_file():
         return None
     saved = load_checkpoint(path, STATE_KEYS)
     try:

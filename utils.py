@@ -69,6 +69,12 @@ def usable_cores():
     return os.cpu_count() or 1
 
 
+def require_file(path, advice):
+    """Raise UserError, which ends in `advice`, where there is no file at `path`."""
+    if not path.is_file():
+        raise UserError(f"{path} {'is no file' if path.exists() else 'not found'}: {advice}")
+
+
 def check_command(name, root):
     """Return the command that checks the data set in folder `root`, as error messages name it."""
     where = [] if Path(root) == Path("Data", name) else ["--data_dir", str(root)]

@@ -274,7 +274,10 @@ def test_the_script_takes_a_presets_name_and_a_center(tmp_path, model):
         (["frame.png", "--model", "absent.pt"], "absent.pt not found"),
         (["empty", "--model", "small.pt"], "no depth frame"),
         (["frame.png", "--model", "published.pt", "--joints", "NYU"], "21 joints"),
-        (["frame.png", "--model", "small.pt", "--joints", "MSRA"], "was trained on HAND17, not MSRA"),
+        (
+            ["frame.png", "--model", "small.pt", "--joints", "MSRA"],
+            "was trained on HAND17, whose joints are not those of MSRA",
+        ),
         (["frame.png", "--model", "empty"], "empty is no file"),
         (["frame.png", "--model", "published.pt"], "say with --joints"),
     ],

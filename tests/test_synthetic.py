@@ -165,7 +165,9 @@ def test_boxes_of_hand17_have_a_width_and_a_height(roots):
 
 
 def test_noise_of_two_frames_differs_where_their_scenes_are_alike(monkeypatch):
-    draw_first = lambda uniform, sensor: draw_scenes(uniform[:1].repeat(len(uniform), 1), sensor)  # noqa: E731
+    def draw_first(uniform, sensor):
+        return draw_scenes(uniform[:1].repeat(len(uniform), 1), sensor)
+
     monkeypatch.setattr(synthetic, "draw_scenes", draw_first)
     first, second = synthetic.render_frames("HAND17", 7, "test", range(2))
     np.testing.assert_array_equal(first.joints_xyz, second.joints_xyz)
