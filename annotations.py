@@ -17,7 +17,7 @@ from datasets import DATASETS, MSRADataset
 from frames import FrameError, LineFile
 from handfinder import find_center
 from loading import over_frames
-from utils import UserError, atomic_path
+from utils import UserError, accept_signals, atomic_path, signals_held
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
 MSRA_GESTURES = "1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y".split()
@@ -88,8 +88,10 @@ def nyu_lines(root, split):
     path = require(root / split / "joint_data.mat", "NYU", root)
     try:
         # A damaged file can crash scipy, so it is read in another process.
-        with ProcessPoolExecutor(1) as pool:
-            joints = pool.submit(_load_joints, path).result()
+        with ProcessPoolExecutor(1, initializer=accept_signals) as pool:
+            with signals_held():
+                loading = pool.submit(_load_joints, path)
+            joints = loading.result()
     except KeyError:
         raise UserError(f"{path} holds no joint_uvd: extract the NYU archive again") from None
     except MAT_ERRORS as error:

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import connection
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import distributed
 from frames import FrameError
-from utils import UserError, usable_cores
+from utils import UserError, accept_signals, signals_held, usable_cores
 
 
 class Batch(NamedTuple):
@@ -143,10 +143,7 @@ def make_loader(dataset, sampler, args, device, batch_size):
 def _start_worker(_):
     # One process a core: OpenCV's own threads would only fight over them.
     cv2.setNumThreads(0)
-    # Ctrl-C goes to the whole process group, and is the main process's to answer; SIGTERM has to end
-    # a worker, for that is how Python ends those that are left at its exit.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    accept_signals()
 
 
 def batches_of(loader):
@@ -162,7 +159,9 @@ def batches_of(loader):
             raise RuntimeError("a loading process died")
 
     try:
-        iterator = iter(loader)
+        # An iterator that is there has its processes, and may be slow to begin anew.
+        with signals_held() if loader._iterator is None else nullcontext():
+            iterator = iter(loader)
         if loader.num_workers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, child_ended)
         while True:
@@ -252,7 +251,8 @@ def over_frames(work, frames, title):
     try:
         with tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar:
             for chunk in [*chunks, *[None] * (2 * cores)]:
-                pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
+                with signals_held():
+                    pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
                 if len(pending) > 2 * cores and (done := pending.popleft()):
                     yield from done.result()
                     bar.update(len(done.result()))
@@ -264,8 +264,7 @@ def over_frames(work, frames, title):
 
 def _start_job(work, frames):
     global _job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    accept_signals()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     _job = work, frames

@@ -12,7 +12,6 @@ import io
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,7 +29,7 @@ from annotations import MSRA_GESTURES
 from hand import joints_xyz
 from scene import SCENE_COLUMNS, SENSORS, Sensor, draw_scenes, measure, render_scene
 from transforms import xyz2uvd
-from utils import UserError, run, usable_cores
+from utils import UserError, accept_signals, run, usable_cores
 
 SPLITS = ("train", "test")
 CHUNK = 25  # frames that one task renders
@@ -303,8 +302,7 @@ def _results(layout: str, seed: int, counts: dict, folder: Path, processes: int)
     with ProcessPoolExecutor(
         processes,
         multiprocessing.get_context("spawn"),
-        initializer=signal.signal,  # Ctrl-C is for the main process alone
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+        initializer=accept_signals,
     ) as pool:
         waiting = {pool.submit(write_chunk, layout, seed, *task, folder): task for task in tasks}
         try:

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,9 @@ FINGER_COLOURS = (
     (160, 90, 210),
     (140, 140, 140),
 )
+
+# What ends a run from outside.
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 # Temporary files that nobody has written to for so long are nobody's.
 SWEEP_S = 3600
@@ -60,6 +64,35 @@ def run(main):
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def signals_held():
+    """Hold Ctrl-C and SIGTERM back while processes are begun: what they raise amid a fork is lost.
+
+    The new processes pass over them until they call `accept_signals`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    caught = []
+    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in caught:
+            signal.raise_signal(number)
+
+
+def accept_signals():
+    """In a process begun by the main one: leave Ctrl-C, which comes to all, to that; let SIGTERM end this.
+
+    By SIGTERM Python ends, at its exit, those that are left.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def usable_cores():

@@ -202,6 +202,45 @@ def test_a_signal_ends_all_its_processes_and_writes_nothing(number, fresh):
     assert not (root / "train.txt").exists() and not hidden_files(root)
 
 
+# A process that gets a signal in the middle of its first fork, where Python passes over what it raises.
+AT_FORK = """import os, sys
+import utils
+from loading import batches_of, make_loader, over_frames
+from test_check_dataset import Numbers
+from options import parse_test
+import torch
+
+sent = []
+os.register_at_fork(after_in_parent=lambda: sent or (sent.append(1), os.kill(os.getpid(), int(sys.argv[1]))))
+def check(): list(over_frames(Numbers.__getitem__, Numbers(), "check"))
+def load():
+    args = parse_test("", ["--num_workers", "2"])
+    list(batches_of(make_loader(Numbers(), range(6), args, torch.device("cpu"), 1)))
+sys.exit(utils.run({"check": check, "load": load}[sys.argv[2]]))
+"""
+
+
+class Numbers:
+    """Frames that are their own numbers."""
+
+    name, root = "numbers", "nowhere"
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return index
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("work", ["check", "load"])
+def test_a_signal_in_the_middle_of_a_fork_is_not_lost(work, number):
+    paths = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    command = [sys.executable, "-c", AT_FORK, str(int(number)), work]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, timeout=60)
+    assert done.returncode == 128 + number, done.stderr
+
+
 # Computed centres
 
 
