@@ -89,9 +89,8 @@ def nyu_lines(root, split):
     try:
         # A damaged file can crash scipy, so it is read in another process.
         with ProcessPoolExecutor(1, initializer=accept_signals) as pool:
-            with signals_held():
-                loading = pool.submit(_load_joints, path)
-            joints = loading.result()
+            with signals_held():  # it takes seconds
+                joints = pool.submit(_load_joints, path).result()
     except KeyError:
         raise UserError(f"{path} holds no joint_uvd: extract the NYU archive again") from None
     except MAT_ERRORS as error:

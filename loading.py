@@ -251,11 +251,12 @@ def over_frames(work, frames, title):
     try:
         with tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar:
             for chunk in [*chunks, *[None] * (2 * cores)]:
-                with signals_held():
+                with signals_held():  # it is not long until the next is done
                     pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
-                if len(pending) > 2 * cores and (done := pending.popleft()):
-                    yield from done.result()
-                    bar.update(len(done.result()))
+                    done = pending.popleft() if len(pending) > 2 * cores else None
+                    results = done.result() if done else []
+                yield from results
+                bar.update(len(results))
     except BrokenProcessPool:
         raise UserError(f"a worker died while it read {frames.root}: is there enough memory?") from None
     finally:

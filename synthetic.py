@@ -29,7 +29,7 @@ from annotations import MSRA_GESTURES
 from hand import joints_xyz
 from scene import SCENE_COLUMNS, SENSORS, Sensor, draw_scenes, measure, render_scene
 from transforms import xyz2uvd
-from utils import UserError, accept_signals, run, usable_cores
+from utils import UserError, accept_signals, run, signals_held, usable_cores
 
 SPLITS = ("train", "test")
 CHUNK = 25  # frames that one task renders
@@ -305,8 +305,11 @@ def _results(layout: str, seed: int, counts: dict, folder: Path, processes: int)
         initializer=accept_signals,
     ) as pool:
         waiting = {pool.submit(write_chunk, layout, seed, *task, folder): task for task in tasks}
+        finished = as_completed(waiting)
         try:
-            for future in as_completed(waiting):
+            for _ in waiting:
+                with signals_held():  # it is not long until the next is done
+                    future = next(finished)
                 yield *waiting[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)

@@ -68,9 +68,9 @@ def run(main):
 
 @contextmanager
 def signals_held():
-    """Hold Ctrl-C and SIGTERM back while processes are begun: what they raise amid a fork is lost.
+    """Hold Ctrl-C and SIGTERM back: what they raise amid a fork is lost, and amid a lock's release an error.
 
-    The new processes pass over them until they call `accept_signals`.
+    Processes begun meanwhile pass over them until they call `accept_signals`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is interrupted
