@@ -12,10 +12,10 @@ import numpy as np
 import scipy.io
 from scipy.io.matlab import MatReadError
 
-from cache import make_record, open_cache, write_cache
 from datasets import DATASETS, MSRADataset
-from frames import FrameError, LineFile
-from handfinder import find_center
+from frames.cache import make_record, open_cache, write_cache
+from frames.files import FrameError, LineFile
+from frames.handfinder import find_center
 from loading import over_frames
 from utils import UserError, accept_signals, atomic_path, signals_held
 

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cache import file_digest, line_key, open_cache
-from frames import FrameError, LineFile, parse_numbers, read_bin, read_png, unpack_rgb
-from model import grid_position, on_grid, spatial_form
-from samples import Sample, prepare_crop, to_tensor
-from transforms import (
+from frames.cache import file_digest, line_key, open_cache
+from frames.files import FrameError, LineFile, parse_numbers, read_bin, read_png, unpack_rgb
+from frames.samples import Sample, prepare_crop, to_tensor
+from frames.transforms import (
     Augmentation,
     Camera,
     Frame,
@@ -29,6 +28,7 @@ from transforms import (
     window_around,
     xyz2uvd,
 )
+from model import grid_position, on_grid, spatial_form
 from utils import UserError, check_command
 
 MIN_HAND_PIXELS = 10
@@ -481,7 +481,7 @@ class MSRADataset(HandDataset):
 
     def cache_name(self):
         """Return the name of the one crop cache of all subjects, which every fold shares."""
-        return "frames.cache"
+        return "frames.files.cache"
 
     def read(self, index):
         """Decode the rectangle that the file of frame `index` holds; the rest of the picture is zero."""

@@ -8,11 +8,11 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import distributed
+from frames.samples import Sample
 from inference import prepare
 from loading import Batch, WorkerDied, batches_of, ending_workers, make_loader, to_device
 from metrics import joint_errors_mm
 from model import losses, spatial_form
-from samples import Sample
 from utils import UserError, draw_comparison
 
 # Reading a loss waits for the device, so it is done once in so many steps.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from tqdm import tqdm
 
 import distributed
-from frames import FrameError
+from frames.files import FrameError
 from utils import UserError, accept_signals, signals_held, usable_cores
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from transforms import Camera, uvd2xyz
+from frames.transforms import Camera, uvd2xyz
 
 WORST_JOINT_LIMITS_MM = (20, 30, 40)
 JOINT_LIMIT_MM = 20

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from cameras import PRESETS, parse_camera, parse_numbers
 from datasets import DATASETS, MSRADataset
+from frames.cameras import PRESETS, parse_camera, parse_numbers
 from utils import UserError, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"

@@ -16,19 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cameras import DepthCamera, check_depth, list_frames, parse_camera, read_depth
 from checkpoints import load_checkpoint, resolve_device
 from datasets import DATASETS, MIN_HAND_PIXELS
-from frames import FrameError
-from handfinder import find_center
-from inference import prepare
-from loading import to_device
-from model import JOINTS_BIAS, grid_position
-from options import parse_predict
-from predictions import PredictionWriter
-from runs import network_from, require_trained_on
-from samples import UnlabelledSample, prepare_crop
-from transforms import (
+from frames.cameras import DepthCamera, check_depth, list_frames, parse_camera, read_depth
+from frames.files import FrameError
+from frames.handfinder import find_center
+from frames.samples import UnlabelledSample, prepare_crop
+from frames.transforms import (
     Camera,
     Frame,
     box_size_px,
@@ -38,6 +32,12 @@ from transforms import (
     uvd2xyz,
     window_around,
 )
+from inference import prepare
+from loading import to_device
+from model import JOINTS_BIAS, grid_position
+from options import parse_predict
+from predictions import PredictionWriter
+from runs import network_from, require_trained_on
 from utils import UserError, run
 
 # Joints of a checkpoint that does not name its data set; 21 are MSRA's or HAND17's.

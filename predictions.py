@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from transforms import Rect, uvd2xyz, window_around
+from frames.transforms import Rect, uvd2xyz, window_around
 from utils import UserError, atomic_path, draw_skeleton, write_picture
 
 VERSION = 1

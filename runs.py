@@ -13,7 +13,7 @@ import distributed
 from checkpoints import draw_seed, load_checkpoint, resolve_device, seed_everything, torch_errors_explained
 from datasets import DATASETS, MSRADataset, test_labels_uvd
 from engine import Progress, picture_of, predict, train_one_epoch, validate
-from frames import FrameError
+from frames.files import FrameError
 from loading import EpochSampler, PartSampler, ending_workers, make_loader
 from metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
 from model import PixelwiseRegression, from_checkpoint

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cameras import PRESETS
 from datasets import DATASETS
+from frames.cameras import PRESETS
+from frames.transforms import Camera
 from hand import (
     NOISE_COLUMNS,
     Hands,
@@ -20,7 +21,6 @@ from hand import (
     move_to,
 )
 from render import Surface, build_surface, render_depth, render_pixels
-from transforms import Camera
 
 RELIEF = (6, 8)  # points of the folds in what is behind the hand
 SCENE_COLUMNS = NOISE_COLUMNS + 130  # uniform numbers of a scene

@@ -26,9 +26,9 @@ import torch
 from tqdm import tqdm
 
 from annotations import MSRA_GESTURES
+from frames.transforms import xyz2uvd
 from hand import joints_xyz
 from scene import SCENE_COLUMNS, SENSORS, Sensor, draw_scenes, measure, render_scene
-from transforms import xyz2uvd
 from utils import UserError, accept_signals, run, signals_held, usable_cores
 
 SPLITS = ("train", "test")

@@ -13,7 +13,7 @@ from conftest import GOLDEN, ON_CPU, SMALL_NETWORK, hidden_files
 
 from checkpoints import load_checkpoint
 from datasets import DATASETS
-from frames import FrameError
+from frames.files import FrameError
 from utils import UserError, atomic_path
 
 CHECKPOINT = GOLDEN / "expected" / "instance_softmax.pt"  # of 14 joints, as NYU has

@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import ON_CPU, SMALL_NETWORK, expected, hidden_files
 
-import cache
 from annotations import build_cache
-from cache import CropCache, write_cache
 from datasets import DATASETS
-from frames import LineFile
-from transforms import Augmentation
+from frames import cache
+from frames.cache import CropCache, write_cache
+from frames.files import LineFile
+from frames.transforms import Augmentation
 from utils import UserError
 
 NAMES = list(DATASETS)
@@ -101,7 +101,7 @@ def test_fractions_of_a_millimetre_are_kept(fresh_indexed):
 
 def test_msra_folds_share_one_cache(cached):
     root = cached("MSRA")
-    assert [path.name for path in root.glob("*.cache")] == ["frames.cache"]
+    assert [path.name for path in root.glob("*.cache")] == ["frames.files.cache"]
     delete_frames(root)
     for subject in range(9):
         for split in splits("MSRA", root, subject=subject):

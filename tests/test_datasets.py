@@ -11,10 +11,10 @@ from conftest import expected
 from torch.utils.data import DataLoader
 
 from datasets import DATASETS, NYUDataset, test_labels_uvd
-from frames import FrameError, LineFile
+from frames.files import FrameError, LineFile
+from frames.samples import Sample, UnlabelledSample
+from frames.transforms import Augmentation
 from model import spatial_form
-from samples import Sample, UnlabelledSample
-from transforms import Augmentation
 from utils import UserError
 
 NAMES = sorted(DATASETS)

@@ -9,12 +9,12 @@ from training import TINY, repeat_lines
 
 from datasets import DATASETS
 from engine import Progress, forward_losses, running_statistics, train_one_epoch, validate
+from frames.samples import Sample
 from loading import EpochSampler, PartSampler, make_loader
 from model import PixelwiseRegression, StageOutput, losses, spatial_form
 from options import parse_train
 from runs import build_network, open_splits
 from runstate import build_optimizer
-from samples import Sample
 
 CPU = torch.device("cpu")
 NEVER_DUE = SimpleNamespace(due=lambda step: False)

@@ -30,12 +30,12 @@ import utils
 from checkpoints import load_checkpoint, save_checkpoint
 from datasets import DATASETS
 from engine import BadNumbers, Progress, train_one_epoch, train_step
-from frames import LineFile
+from frames.files import LineFile
+from frames.samples import Sample
 from loading import EpochSampler, WorkerDied, batches_of, ending_workers, make_loader
 from model import PixelwiseRegression
 from options import parse_train
 from runstate import STATE_KEYS, build_optimizer
-from samples import Sample
 from utils import UserError, atomic_path, write_picture
 
 LAST = Path("Model", f"{RUN}_last.pt")

@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 import torch
 
-import cache
 import runs
 from annotations import build_cache, build_index, sources
 from checkpoints import load_checkpoint, save_checkpoint
 from datasets import DATASETS
 from engine import Progress
-from frames import FrameError
+from frames import cache
+from frames.files import FrameError
 from model import PixelwiseRegression
 from options import parse_train
 from runs import build_network, load_network, open_splits
@@ -60,7 +60,7 @@ TARGETS = {
         "Training/Depth/*/*.png",
         "train.cache",
     ],
-    "MSRA": ["train_0.txt", "P0/1/joint.txt", "P1/*/*.bin", "frames.cache"],
+    "MSRA": ["train_0.txt", "P0/1/joint.txt", "P1/*/*.bin", "frames.files.cache"],
     "HAND17": [
         "train.txt",
         "hands17_center_train.txt",

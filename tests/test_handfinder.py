@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cameras import parse_camera, read_depth
 from checkpoints import load_checkpoint
+from frames.cameras import parse_camera, read_depth
+from frames.handfinder import Judge, find_center
+from frames.transforms import Camera, Frame, uvd2xyz
 from hand import Noise, between, draw_hands, move_to
-from handfinder import Judge, find_center
 from scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
 from tools import train_handfinder
-from transforms import Camera, Frame, uvd2xyz
 
 CAMERA = Camera(241.42, 241.42, 160, 120)
 

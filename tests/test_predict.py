@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import ON_CPU, run_process
 
-from cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
 from checkpoints import save_checkpoint
 from datasets import DATASETS
+from frames.cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
+from frames.samples import prepare_crop
+from frames.transforms import Camera, Frame
 from model import PixelwiseRegression, StageOutput
 from predict import HandPose, HandPoseEstimator, _middle, load_model, predict_all
 from predictions import Gif, draw_views, finger_chains
-from samples import prepare_crop
-from transforms import Camera, Frame
 from utils import FINGER_COLOURS, UserError
 
 CAMERA = Camera(475.0, 475.0, 319.5, 239.5)

@@ -18,10 +18,10 @@ import demo
 import synthetic
 from annotations import build_index
 from datasets import DATASETS
+from frames.transforms import xyz2uvd
 from hand import joints_xyz
 from scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
 from synthetic import FINGERS, frame_path, icvl_joints, nyu_joints, write_dataset
-from transforms import xyz2uvd
 from utils import UserError
 
 COUNTS = {"NYU": (12, 4), "ICVL": (12, 4), "MSRA": (16, 4), "HAND17": (12, 4)}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_predict import hand_frame, save_network
 
+from frames.transforms import Camera
 from predict import HandPose
 from runs import load_network
 from tools import export, score_marks, show
-from transforms import Camera
 from utils import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transforms import (
+from frames.transforms import (
     Augmentation,
     Camera,
     Frame,

@@ -30,14 +30,14 @@ from annotations import build_cache, build_index, sources
 from checkpoints import resolve_device
 from datasets import DATASETS
 from engine import train_step
-from frames import read_bytes
+from frames.files import read_bytes
+from frames.samples import Sample
 from inference import COMPILE_FRAMES, moved_mm, prepare
 from loading import EpochSampler, batches_of, make_loader
 from model import losses, spatial_form
 from options import parse_train
 from runs import build_network, load_network
 from runstate import build_optimizer
-from samples import Sample
 from tools.export import make_crops
 from utils import atomic_path, run, usable_cores
 

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from datasets import DATASETS
-from frames import FrameError
+from frames.files import FrameError
+from frames.samples import UnlabelledSample, prepare_crop
+from frames.transforms import Frame, recover_uvd, uvd2xyz, window_around
 from inference import replace_norms
 from predict import load_model
-from samples import UnlabelledSample, prepare_crop
 from synthetic import render_frames
-from transforms import Frame, recover_uvd, uvd2xyz, window_around
 from utils import UserError, atomic_path, run
 
 OPSET = 18

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cameras import parse_camera, read_depth
+from frames.cameras import parse_camera, read_depth
+from frames.transforms import uvd2xyz
 from predict import HandPoseEstimator
 from predictions import finger_chains
-from transforms import uvd2xyz
 from utils import UserError, run
 
 # In the order of `finger_chains`, whose last joints are the fingertips.

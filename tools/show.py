@@ -15,9 +15,9 @@ import torch
 
 from datasets import DATASETS
 from evaluate import read_joints
-from frames import FrameError
+from frames.files import FrameError
+from frames.transforms import joints_to_crop
 from metrics import joint_errors_mm
-from transforms import joints_to_crop
 from utils import UserError, draw_crop, run, write_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -14,7 +14,7 @@ import torch
 
 import anatomy
 import hand
-from cameras import PRESETS, read_depth
+from frames.cameras import PRESETS, read_depth
 from render import render_depth
 from scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
 from utils import UserError, atomic_path, run

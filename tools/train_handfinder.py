@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoints import save_checkpoint
+from frames.handfinder import CROP_PX, REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
+from frames.transforms import Camera, Frame, uvd2xyz
 from hand import Noise, draw_hands, move_to
-from handfinder import CROP_PX, REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
 from scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
-from transforms import Camera, Frame, uvd2xyz
 from utils import UserError, run, usable_cores
 
 PLACES, NEAR_PLACES = 12, 5  # of a frame: surfaces, and random places around the hand

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from checkpoints import load_checkpoint
-from transforms import Camera, uvd2xyz, xyz2uvd
+from frames.transforms import Camera, uvd2xyz, xyz2uvd
 from utils import UserError
 
-WEIGHTS = Path(__file__).with_name("Model") / "handfinder.pt"  # tools/train_handfinder.py makes it
+WEIGHTS = Path(__file__).parents[1] / "Model" / "handfinder.pt"  # tools/train_handfinder.py makes it
 
 # All is looked for in a picture of about this focal length, px: 4 mm a pixel half a metre away.
 COARSE_FOCAL_PX = 120

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from transforms import Frame
+from frames.transforms import Frame
 from utils import UserError
 
 # A PNG's last chunk: its name and the checksum of nothing.

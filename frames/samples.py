@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from transforms import Augmentation, augment_image, box_size_px, crop_hand, resize
+from frames.transforms import Augmentation, augment_image, box_size_px, crop_hand, resize
 
 
 class Sample(NamedTuple):

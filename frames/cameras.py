@@ -11,8 +11,8 @@ import yaml
 
 from checkpoints import DAMAGE
 from datasets import DATASETS, MSRADataset
-from frames import MAX_NUMBER, FrameError, decode_picture, read_bin, read_bytes, read_png, unpack_rgb
-from transforms import Camera
+from frames.files import MAX_NUMBER, FrameError, decode_picture, read_bin, read_bytes, read_png, unpack_rgb
+from frames.transforms import Camera
 from utils import UserError
 
 SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".bin")

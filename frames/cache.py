@@ -31,8 +31,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from frames import FrameError
-from transforms import Frame, hand_part
+from frames.files import FrameError
+from frames.transforms import Frame, hand_part
 from utils import UserError, atomic_path, check_command
 
 MAGIC, VERSION = b"HANDCROP", 2

@@ -1,0 +1,1 @@
+"""One depth frame: cameras, files, crops, the cache, the hand finder and drawing."""
