@@ -13,10 +13,10 @@ import scipy.io
 from scipy.io.matlab import MatReadError
 
 from datasets import DATASETS, MSRADataset
+from engine.batches import over_frames
 from frames.cache import make_record, open_cache, write_cache
 from frames.files import FrameError, LineFile
 from frames.handfinder import find_center
-from loading import over_frames
 from utils import UserError, accept_signals, atomic_path, signals_held
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]

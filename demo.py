@@ -16,13 +16,13 @@ import torch
 
 from annotations import build_cache, build_index
 from datasets import HAND17Dataset
-from engine import picture_of
+from engine.loops import picture_of
+from engine.metrics import PROTOCOLS, joint_errors_mm
+from engine.options import parse_test, parse_train
+from engine.state import checkpoint_path, run_name
+from engine.training import load_network, open_splits, test
 from evaluate import plot_errors, read_joints
 from frames.transforms import joints_to_crop
-from metrics import PROTOCOLS, joint_errors_mm
-from options import parse_test, parse_train
-from runs import load_network, open_splits, test
-from runstate import checkpoint_path, run_name
 from synthetic import write_dataset
 from utils import UserError, draw_crop, run, usable_cores, write_picture
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metrics import PROTOCOLS, format_table, joint_errors_mm, success_curve, summarise
+from engine.metrics import PROTOCOLS, format_table, joint_errors_mm, success_curve, summarise
 from utils import UserError, atomic_path, require_file, run
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")

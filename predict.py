@@ -16,8 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from checkpoints import load_checkpoint, resolve_device
 from datasets import DATASETS, MIN_HAND_PIXELS
+from engine.batches import to_device
+from engine.checkpoints import load_checkpoint, resolve_device
+from engine.inference import prepare
+from engine.options import parse_predict
+from engine.training import network_from, require_trained_on
 from frames.cameras import DepthCamera, check_depth, list_frames, parse_camera, read_depth
 from frames.files import FrameError
 from frames.handfinder import find_center
@@ -32,12 +36,8 @@ from frames.transforms import (
     uvd2xyz,
     window_around,
 )
-from inference import prepare
-from loading import to_device
 from model import JOINTS_BIAS, grid_position
-from options import parse_predict
 from predictions import PredictionWriter
-from runs import network_from, require_trained_on
 from utils import UserError, run
 
 # Joints of a checkpoint that does not name its data set; 21 are MSRA's or HAND17's.

@@ -7,8 +7,8 @@ python test.py --dataset NYU --model Model/NYU_published.pt
 
 import sys
 
-from options import parse_test
-from runs import test_and_evaluate
+from engine.options import parse_test
+from engine.training import test_and_evaluate
 from utils import run
 
 

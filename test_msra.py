@@ -6,8 +6,8 @@ python test_msra.py --subject all
 
 import sys
 
-from options import parse_test
-from runs import test_and_evaluate
+from engine.options import parse_test
+from engine.training import test_and_evaluate
 from utils import run
 
 

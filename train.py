@@ -7,8 +7,8 @@ python train.py --config Model/NYU_mixed.yml
 
 import sys
 
-from options import parse_train
-from runs import train
+from engine.options import parse_train
+from engine.training import train
 from utils import run
 
 

@@ -6,8 +6,8 @@ python train_msra.py --subject all
 
 import sys
 
-from options import parse_train
-from runs import folds, train
+from engine.options import parse_train
+from engine.training import folds, train
 from utils import run
 
 

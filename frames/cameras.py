@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import yaml
 
-from checkpoints import DAMAGE
 from datasets import DATASETS, MSRADataset
+from engine.checkpoints import DAMAGE
 from frames.files import MAX_NUMBER, FrameError, decode_picture, read_bin, read_bytes, read_png, unpack_rgb
 from frames.transforms import Camera
 from utils import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from checkpoints import load_checkpoint
+from engine.checkpoints import load_checkpoint
 from frames.transforms import Camera, uvd2xyz, xyz2uvd
 from utils import UserError
 

@@ -11,8 +11,8 @@ import scipy.io
 import torch
 from conftest import GOLDEN, ON_CPU, SMALL_NETWORK, hidden_files
 
-from checkpoints import load_checkpoint
 from datasets import DATASETS
+from engine.checkpoints import load_checkpoint
 from frames.files import FrameError
 from utils import UserError, atomic_path
 

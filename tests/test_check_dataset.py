@@ -205,9 +205,9 @@ def test_a_signal_ends_all_its_processes_and_writes_nothing(number, fresh):
 # A process that gets a signal in the middle of its first fork, where Python passes over what it raises.
 AT_FORK = """import os, sys
 import utils
-from loading import batches_of, make_loader, over_frames
+from engine.batches import batches_of, make_loader, over_frames
 from test_check_dataset import Numbers
-from options import parse_test
+from engine.options import parse_test
 import torch
 
 sent = []

@@ -21,14 +21,14 @@ import torch
 from conftest import REPO, hidden_files
 from training import RUN, TINY, global_batches, records, repeat_lines, train_tiny
 
-import distributed
-from checkpoints import load_checkpoint
 from datasets import DATASETS
-from engine import train_step
-from loading import EpochSampler, PartSampler, batches_of, make_loader
+from engine import distributed
+from engine.batches import EpochSampler, PartSampler, batches_of, make_loader
+from engine.checkpoints import load_checkpoint
+from engine.loops import train_step
+from engine.options import parse_train
+from engine.state import STATE_KEYS, RunState
 from model import PixelwiseRegression
-from options import parse_train
-from runstate import STATE_KEYS, RunState
 from utils import UserError
 
 LAST = Path("Model", f"{RUN}_last.pt")

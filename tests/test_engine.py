@@ -8,13 +8,13 @@ import torch
 from training import TINY, repeat_lines
 
 from datasets import DATASETS
-from engine import Progress, forward_losses, running_statistics, train_one_epoch, validate
+from engine.batches import EpochSampler, PartSampler, make_loader
+from engine.loops import Progress, forward_losses, running_statistics, train_one_epoch, validate
+from engine.options import parse_train
+from engine.state import build_optimizer
+from engine.training import build_network, open_splits
 from frames.samples import Sample
-from loading import EpochSampler, PartSampler, make_loader
 from model import PixelwiseRegression, StageOutput, losses, spatial_form
-from options import parse_train
-from runs import build_network, open_splits
-from runstate import build_optimizer
 
 CPU = torch.device("cpu")
 NEVER_DUE = SimpleNamespace(due=lambda step: False)

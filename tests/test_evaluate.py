@@ -12,7 +12,7 @@ import pytest
 from conftest import GOLDEN, ON_CPU
 
 import evaluate
-from metrics import PROTOCOLS, format_table, summarise
+from engine.metrics import PROTOCOLS, format_table, summarise
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

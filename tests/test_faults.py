@@ -25,17 +25,17 @@ from training import (
     train_tiny,
 )
 
-import engine
 import utils
-from checkpoints import load_checkpoint, save_checkpoint
 from datasets import DATASETS
-from engine import BadNumbers, Progress, train_one_epoch, train_step
+from engine import loops as engine
+from engine.batches import EpochSampler, WorkerDied, batches_of, ending_workers, make_loader
+from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine.loops import BadNumbers, Progress, train_one_epoch, train_step
+from engine.options import parse_train
+from engine.state import STATE_KEYS, build_optimizer
 from frames.files import LineFile
 from frames.samples import Sample
-from loading import EpochSampler, WorkerDied, batches_of, ending_workers, make_loader
 from model import PixelwiseRegression
-from options import parse_train
-from runstate import STATE_KEYS, build_optimizer
 from utils import UserError, atomic_path, write_picture
 
 LAST = Path("Model", f"{RUN}_last.pt")

@@ -24,17 +24,17 @@ import numpy as np
 import pytest
 import torch
 
-import runs
 from annotations import build_cache, build_index, sources
-from checkpoints import load_checkpoint, save_checkpoint
 from datasets import DATASETS
-from engine import Progress
+from engine import training as runs
+from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine.loops import Progress
+from engine.options import parse_train
+from engine.state import RunState, load_state
+from engine.training import build_network, load_network, open_splits
 from frames import cache
 from frames.files import FrameError
 from model import PixelwiseRegression
-from options import parse_train
-from runs import build_network, load_network, open_splits
-from runstate import RunState, load_state
 from synthetic import write_dataset
 from utils import UserError
 

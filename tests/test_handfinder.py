@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import load_checkpoint
+from engine.checkpoints import load_checkpoint
 from frames.cameras import parse_camera, read_depth
 from frames.handfinder import Judge, find_center
 from frames.transforms import Camera, Frame, uvd2xyz

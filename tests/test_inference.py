@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-import inference
-from inference import moved_mm, prepare
+from engine import inference
+from engine.inference import moved_mm, prepare
 from model import PixelwiseRegression
 
 

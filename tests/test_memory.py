@@ -15,12 +15,12 @@ import pytest
 import torch
 from training import RUN, TINY, repeat_lines
 
-import engine
-from checkpoints import resolve_device
 from datasets import DATASETS
+from engine import loops as engine
+from engine.checkpoints import resolve_device
+from engine.options import parse_train
+from engine.training import train
 from model import PixelwiseRegression
-from options import parse_train
-from runs import train
 
 STEPS, PREDICTIONS = 2000, 10_000
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from metrics import PROTOCOLS, format_table, joint_errors_mm, success_curve, summarise
+from engine.metrics import PROTOCOLS, format_table, joint_errors_mm, success_curve, summarise
 
 
 def errors_mm():

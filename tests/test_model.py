@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from checkpoints import load_checkpoint, save_checkpoint
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from model import (
     DepthRegression,
     PixelwiseRegression,

@@ -17,7 +17,7 @@ import yaml
 from conftest import NO_AUGMENTATION, ON_CPU, SHARED, SMALL_NETWORK, copy_golden, run_process
 
 from datasets import DATASETS, test_labels_uvd
-from metrics import PROTOCOLS
+from engine.metrics import PROTOCOLS
 
 test_labels_uvd.__test__ = False  # the library's function only looks like a test
 
@@ -89,7 +89,7 @@ def chains(tmp_path_factory):
 
 def epochs_of(folder, run):
     """Return the records of a run's epochs; the log's first line tells its circumstances."""
-    lines = (Path(folder) / "logs" / run / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(folder) / "logs" / run / "engine.metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "epoch" in record]
 
 

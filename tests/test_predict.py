@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import ON_CPU, run_process
 
-from checkpoints import save_checkpoint
 from datasets import DATASETS
+from engine.checkpoints import save_checkpoint
 from frames.cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
 from frames.samples import prepare_crop
 from frames.transforms import Camera, Frame

@@ -25,12 +25,12 @@ from training import (
     train_tiny,
 )
 
-import engine
-import runs
-import runstate
-from checkpoints import load_checkpoint
-from options import parse_train
-from runstate import STATE_KEYS
+from engine import loops as engine
+from engine import state as runstate
+from engine import training as runs
+from engine.checkpoints import load_checkpoint
+from engine.options import parse_train
+from engine.state import STATE_KEYS
 from utils import Stopped, UserError
 
 LAST = Path("Model", f"{RUN}_last.pt")
@@ -269,7 +269,7 @@ def test_state_that_is_none_is_refused(change, words, place):
 
 def test_checkpoint_and_log_say_what_the_run_depended_on(place):
     train_tiny("--epoch", 1)
-    logged = json.loads(Path("logs", RUN, "metrics.jsonl").read_text().splitlines()[0])
+    logged = json.loads(Path("logs", RUN, "engine.metrics.jsonl").read_text().splitlines()[0])
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=False
     ).stdout.strip()

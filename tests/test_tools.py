@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_predict import hand_frame, save_network
 
+from engine.training import load_network
 from frames.transforms import Camera
 from predict import HandPose
-from runs import load_network
 from tools import export, score_marks, show
 from utils import UserError
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from inference import replace
-from winograd import WinogradConv, as_winograd, is_worth_it
+from engine.inference import replace
+from engine.winograd import WinogradConv, as_winograd, is_worth_it
 
 
 @pytest.mark.parametrize("size", [(8, 16), (10, 8)], ids=["whole tiles", "else"])

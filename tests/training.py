@@ -10,9 +10,9 @@ from unittest import mock
 import torch
 
 import utils
-from checkpoints import load_checkpoint
-from options import parse_train
-from runs import train
+from engine.checkpoints import load_checkpoint
+from engine.options import parse_train
+from engine.training import train
 
 TESTS = Path(__file__).resolve().parent
 RUN = "ICVL_default"
@@ -69,7 +69,7 @@ def _train_in(folder, arguments, limit_bytes):
 
 def records(folder="."):
     """Return the epochs of a run's metrics.jsonl without how long they took."""
-    lines = Path(folder, "logs", RUN, "metrics.jsonl").read_text().splitlines()[1:]
+    lines = Path(folder, "logs", RUN, "engine.metrics.jsonl").read_text().splitlines()[1:]
     return [{**json.loads(line), "seconds": None} for line in lines]
 
 

@@ -27,17 +27,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import synthetic
 from annotations import build_cache, build_index, sources
-from checkpoints import resolve_device
 from datasets import DATASETS
-from engine import train_step
+from engine.batches import EpochSampler, batches_of, make_loader
+from engine.checkpoints import resolve_device
+from engine.inference import COMPILE_FRAMES, moved_mm, prepare
+from engine.loops import train_step
+from engine.options import parse_train
+from engine.state import build_optimizer
+from engine.training import build_network, load_network
 from frames.files import read_bytes
 from frames.samples import Sample
-from inference import COMPILE_FRAMES, moved_mm, prepare
-from loading import EpochSampler, batches_of, make_loader
 from model import losses, spatial_form
-from options import parse_train
-from runs import build_network, load_network
-from runstate import build_optimizer
 from tools.export import make_crops
 from utils import atomic_path, run, usable_cores
 

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from datasets import DATASETS
+from engine.inference import replace_norms
 from frames.files import FrameError
 from frames.samples import UnlabelledSample, prepare_crop
 from frames.transforms import Frame, recover_uvd, uvd2xyz, window_around
-from inference import replace_norms
 from predict import load_model
 from synthetic import render_frames
 from utils import UserError, atomic_path, run

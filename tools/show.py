@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from datasets import DATASETS
+from engine.metrics import joint_errors_mm
 from evaluate import read_joints
 from frames.files import FrameError
 from frames.transforms import joints_to_crop
-from metrics import joint_errors_mm
 from utils import UserError, draw_crop, run, write_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints import save_checkpoint
+from engine.checkpoints import save_checkpoint
 from frames.handfinder import CROP_PX, REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
 from frames.transforms import Camera, Frame, uvd2xyz
 from hand import Noise, draw_hands, move_to

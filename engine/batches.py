@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 from tqdm import tqdm
 
-import distributed
+from engine import distributed
 from frames.files import FrameError
 from utils import UserError, accept_signals, signals_held, usable_cores
 

@@ -7,11 +7,11 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-import distributed
+from engine import distributed
+from engine.batches import Batch, WorkerDied, batches_of, ending_workers, make_loader, to_device
+from engine.inference import prepare
+from engine.metrics import joint_errors_mm
 from frames.samples import Sample
-from inference import prepare
-from loading import Batch, WorkerDied, batches_of, ending_workers, make_loader, to_device
-from metrics import joint_errors_mm
 from model import losses, spatial_form
 from utils import UserError, draw_comparison
 

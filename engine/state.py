@@ -19,9 +19,9 @@ import yaml
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import distributed
-from checkpoints import DAMAGE, load_checkpoint, random_states, restore_random_states, save_checkpoint
-from engine import REPORT_STEPS, Progress
+from engine import distributed
+from engine.checkpoints import DAMAGE, load_checkpoint, random_states, restore_random_states, save_checkpoint
+from engine.loops import REPORT_STEPS, Progress
 from utils import Stopped, UserError, atomic_path, write_curves
 
 # Options that may differ when a run is resumed: they do not change what is computed.
@@ -213,7 +213,7 @@ class RunState:
                 "record": record,
                 "state_dict": {name: value.clone() for name, value in self.network.state_dict().items()},
             }
-            with going_on(), atomic_path(Path("logs", self.run, "metrics.jsonl")) as temporary:
+            with going_on(), atomic_path(Path("logs", self.run, "engine.metrics.jsonl")) as temporary:
                 temporary.write_text("".join(f"{json.dumps(r)}\n" for r in [self.provenance, *self.records]))
             for key in ("loss", "val_loss", "val_mm", "lr"):
                 self.log("add_scalar", key, record[key], self.epoch)
@@ -321,7 +321,7 @@ def provenance(args, splits):
         with (split.root / split.index_name()).open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    commit, here = None, Path(__file__).parent
+    commit, here = None, Path(__file__).parents[1]
     with suppress(FileNotFoundError):  # nobody needs git to train
         command = ["git", "rev-parse", "HEAD"]
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)

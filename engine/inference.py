@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from engine.winograd import as_winograd, is_worth_it
 from model import StageOutput
-from winograd import as_winograd, is_worth_it
 
 # The answer may move by this much between two ways to compute it. uv spans two cubes of about 150 mm.
 TOLERANCE_MM = 0.05

@@ -9,15 +9,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import distributed
-from checkpoints import draw_seed, load_checkpoint, resolve_device, seed_everything, torch_errors_explained
 from datasets import DATASETS, MSRADataset, test_labels_uvd
-from engine import Progress, picture_of, predict, train_one_epoch, validate
+from engine import distributed
+from engine.batches import EpochSampler, PartSampler, ending_workers, make_loader
+from engine.checkpoints import (
+    draw_seed,
+    load_checkpoint,
+    resolve_device,
+    seed_everything,
+    torch_errors_explained,
+)
+from engine.loops import Progress, picture_of, predict, train_one_epoch, validate
+from engine.metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
+from engine.state import RunState, caught_signals, checkpoint_path, load_state, run_name, write_options
 from frames.files import FrameError
-from loading import EpochSampler, PartSampler, ending_workers, make_loader
-from metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
 from model import PixelwiseRegression, from_checkpoint
-from runstate import RunState, caught_signals, checkpoint_path, load_state, run_name, write_options
 from utils import UserError, atomic_path
 
 

@@ -1,0 +1,1 @@
+"""Training and testing: options, batches, loops, checkpoints, metrics and fast inference."""
