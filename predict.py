@@ -37,7 +37,7 @@ from frames.transforms import (
     window_around,
 )
 from model import JOINTS_BIAS, grid_position
-from predictions import PredictionWriter
+from prediction.output import PredictionWriter
 from utils import UserError, run
 
 # Joints of a checkpoint that does not name its data set; 21 are MSRA's or HAND17's.

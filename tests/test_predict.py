@@ -20,7 +20,7 @@ from frames.samples import prepare_crop
 from frames.transforms import Camera, Frame
 from model import PixelwiseRegression, StageOutput
 from predict import HandPose, HandPoseEstimator, _middle, load_model, predict_all
-from predictions import Gif, draw_views, finger_chains
+from prediction.output import Gif, draw_views, finger_chains
 from utils import FINGER_COLOURS, UserError
 
 CAMERA = Camera(475.0, 475.0, 319.5, 239.5)
@@ -236,7 +236,12 @@ def test_pictures_of_an_earlier_run_go(workplace, model, script):
     assert script("predict.py", "recording", *options, "--plot3d").status == 0
     assert script("predict.py", "recording/2.png", *options).status == 0
     kept = sorted(str(path.relative_to("Result/predict")) for path in Path("Result/predict").rglob("*.*"))
-    assert kept == [f"overlay/{'000000_2.png'}", "overlay/mine.png", "predictions.csv", "predictions.json"]
+    assert kept == [
+        f"overlay/{'000000_2.png'}",
+        "overlay/mine.png",
+        "prediction.output.csv",
+        "prediction.output.json",
+    ]
     assert mine.exists()
 
 
@@ -444,8 +449,8 @@ def test_no_film_is_made_of_frames_that_cannot_be_read(video, workplace, model, 
     done = script("predict.py", "recording", *options)
     assert done.status == 1 and "film" not in done.out
     assert sorted(path.name for path in Path("Result/predict").iterdir()) == [
-        "predictions.csv",
-        "predictions.json",
+        "prediction.output.csv",
+        "prediction.output.json",
     ]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from frames.cameras import parse_camera, read_depth
 from frames.transforms import uvd2xyz
 from predict import HandPoseEstimator
-from predictions import finger_chains
+from prediction.output import finger_chains
 from utils import UserError, run
 
 # In the order of `finger_chains`, whose last joints are the fingertips.

@@ -40,7 +40,7 @@ class PredictionWriter:
         self.total, self.plot3d, self.count = total, plot3d, 0
         self.video = video if total > 1 else "none"
         self.chains = finger_chains(estimator.dataset)
-        self.names = ["predictions.json", "predictions.csv"]  # of what was written
+        self.names = ["prediction.output.json", "prediction.output.csv"]  # of what was written
         self._film = None
 
     def __enter__(self):
