@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from annotations import MSRA_GESTURES
 from frames.transforms import xyz2uvd
-from hand import joints_xyz
-from scene import SCENE_COLUMNS, SENSORS, Sensor, draw_scenes, measure, render_scene
+from rendering.hand import joints_xyz
+from rendering.scene import SCENE_COLUMNS, SENSORS, Sensor, draw_scenes, measure, render_scene
 from utils import UserError, accept_signals, run, signals_held, usable_cores
 
 SPLITS = ("train", "test")

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-import anatomy
-import hand
-from hand import Noise, draw_hands, hand_and_arm, joints_xyz, move_to
-from render import build_surface, crop_intrinsics, render_depth
+from rendering import anatomy, hand
+from rendering.hand import Noise, draw_hands, hand_and_arm, joints_xyz, move_to
+from rendering.surface import build_surface, crop_intrinsics, render_depth
 
 CAMERA = torch.tensor([400.0, 410.0, 63.5, 47.0])
 SIZE_PX = (128, 96)

@@ -12,8 +12,8 @@ from engine.checkpoints import load_checkpoint
 from frames.cameras import parse_camera, read_depth
 from frames.handfinder import Judge, find_center
 from frames.transforms import Camera, Frame, uvd2xyz
-from hand import Noise, between, draw_hands, move_to
-from scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
+from rendering.hand import Noise, between, draw_hands, move_to
+from rendering.scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
 from tools import train_handfinder
 
 CAMERA = Camera(241.42, 241.42, 160, 120)

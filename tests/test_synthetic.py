@@ -19,8 +19,8 @@ import synthetic
 from annotations import build_index
 from datasets import DATASETS
 from frames.transforms import xyz2uvd
-from hand import joints_xyz
-from scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
+from rendering.hand import joints_xyz
+from rendering.scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
 from synthetic import FINGERS, frame_path, icvl_joints, nyu_joints, write_dataset
 from utils import UserError
 

@@ -12,11 +12,10 @@ import matplotlib
 import numpy as np
 import torch
 
-import anatomy
-import hand
 from frames.cameras import PRESETS, read_depth
-from render import render_depth
-from scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
+from rendering import anatomy, hand
+from rendering.scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
+from rendering.surface import render_depth
 from utils import UserError, atomic_path, run
 
 # Frames whose views look like the real ones beside them.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from datasets import DATASETS
 from frames.cameras import PRESETS
 from frames.transforms import Camera
-from hand import (
+from rendering.hand import (
     NOISE_COLUMNS,
     Hands,
     Noise,
@@ -20,7 +20,7 @@ from hand import (
     joints_xyz,
     move_to,
 )
-from render import Surface, build_surface, render_depth, render_pixels
+from rendering.surface import Surface, build_surface, render_depth, render_pixels
 
 RELIEF = (6, 8)  # points of the folds in what is behind the hand
 SCENE_COLUMNS = NOISE_COLUMNS + 130  # uniform numbers of a scene

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anatomy import (
+from rendering.anatomy import (
     ANGLES,
     ARM_WEDGES,
     BONE_LIMIT_SD,
@@ -38,7 +38,7 @@ from anatomy import (
     SPREAD_DEG,
     THUMB,
 )
-from render import Surface, build_surface
+from rendering.surface import Surface, build_surface
 
 GRIP_TRIES = 6  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
 OVERLAP_MM = 5.0  # flesh may be pressed this deep
