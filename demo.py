@@ -22,9 +22,10 @@ from engine.options import parse_test, parse_train
 from engine.state import checkpoint_path, run_name
 from engine.training import load_network, open_splits, test
 from evaluate import plot_errors, read_joints
+from frames.drawing import draw_crop, write_picture
 from frames.transforms import joints_to_crop
 from synthetic import write_dataset
-from utils import UserError, draw_crop, run, usable_cores, write_picture
+from utils import UserError, run, usable_cores
 
 DATA = Path("Data", "synthetic", "HAND17")
 PICTURES = Path("Result", "demo")

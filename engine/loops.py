@@ -11,9 +11,10 @@ from engine import distributed
 from engine.batches import Batch, WorkerDied, batches_of, ending_workers, make_loader, to_device
 from engine.inference import prepare
 from engine.metrics import joint_errors_mm
+from frames.drawing import draw_comparison
 from frames.samples import Sample
 from model import losses, spatial_form
-from utils import UserError, draw_comparison
+from utils import UserError
 
 # Reading a loss waits for the device, so it is done once in so many steps.
 REPORT_STEPS = 20

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from engine import distributed
 from engine.checkpoints import DAMAGE, load_checkpoint, random_states, restore_random_states, save_checkpoint
 from engine.loops import REPORT_STEPS, Progress
-from utils import Stopped, UserError, atomic_path, write_curves
+from frames.drawing import write_curves
+from utils import Stopped, UserError, atomic_path
 
 # Options that may differ when a run is resumed: they do not change what is computed.
 FREE_OPTIONS = {

@@ -9,8 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from frames.drawing import draw_skeleton, write_picture
 from frames.transforms import Rect, uvd2xyz, window_around
-from utils import UserError, atomic_path, draw_skeleton, write_picture
+from utils import UserError, atomic_path
 
 VERSION = 1
 FILM_FPS = 15

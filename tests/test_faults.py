@@ -33,10 +33,11 @@ from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.loops import BadNumbers, Progress, train_one_epoch, train_step
 from engine.options import parse_train
 from engine.state import STATE_KEYS, build_optimizer
+from frames.drawing import write_picture
 from frames.files import LineFile
 from frames.samples import Sample
 from model import PixelwiseRegression
-from utils import UserError, atomic_path, write_picture
+from utils import UserError, atomic_path
 
 LAST = Path("Model", f"{RUN}_last.pt")
 CPU = torch.device("cpu")

@@ -16,12 +16,13 @@ from conftest import ON_CPU, run_process
 from datasets import DATASETS
 from engine.checkpoints import save_checkpoint
 from frames.cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
+from frames.drawing import FINGER_COLOURS
 from frames.samples import prepare_crop
 from frames.transforms import Camera, Frame
 from model import PixelwiseRegression, StageOutput
 from predict import HandPose, HandPoseEstimator, _middle, load_model, predict_all
 from prediction.output import Gif, draw_views, finger_chains
-from utils import FINGER_COLOURS, UserError
+from utils import UserError
 
 CAMERA = Camera(475.0, 475.0, 319.5, 239.5)
 CAMERA_TEXT = "475,475,319.5,239.5"

@@ -16,9 +16,10 @@ import torch
 from datasets import DATASETS
 from engine.metrics import joint_errors_mm
 from evaluate import read_joints
+from frames.drawing import draw_crop, write_picture
 from frames.files import FrameError
 from frames.transforms import joints_to_crop
-from utils import UserError, draw_crop, run, write_picture
+from utils import UserError, run
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 TILE_PX = 192
