@@ -2,7 +2,6 @@
 
 import io
 import re
-import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 import yaml
 
 from datasets import DATASETS, MSRADataset
-from engine.checkpoints import DAMAGE
 from frames.files import MAX_NUMBER, FrameError, decode_picture, read_bin, read_bytes, read_png, unpack_rgb
 from frames.transforms import Camera
 from utils import UserError
@@ -202,7 +200,7 @@ def _read_npy(path):
     data = io.BytesIO(read_bytes(path))
     try:
         return np.load(data, allow_pickle=False)
-    except (*DAMAGE, SyntaxError, tokenize.TokenError) as error:
+    except Exception as error:  # NumPy reads the header as Python text, and raises whatever comes of that
         raise FrameError(path, f"the array cannot be read: {' '.join(str(error).split())[:80]}") from None
 
 
