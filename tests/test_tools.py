@@ -1,19 +1,15 @@
-"""Export, contact sheets and scores of marks."""
+"""Export and contact sheets."""
 
-import json
 import shutil
-from unittest.mock import Mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from test_predict import hand_frame, save_network
+from test_predict import save_network
 
 from engine.training import load_network
-from frames.transforms import Camera
-from predict import HandPose
-from tools import export, score_marks, show
+from tools import export, show
 from utils import UserError
 
 
@@ -173,59 +169,3 @@ def test_a_frame_that_cannot_be_read_takes_as_many_tiles(indexed, tmp_path):
 def test_show_refuses_what_it_cannot_show(options, message, indexed):
     with pytest.raises(UserError, match=message):
         show.main(["--dataset", "NYU", "--data_dir", str(indexed("NYU")), *options])
-
-
-def test_a_mark_is_compared_with_its_own_joint():
-    joints_xyz = np.full((14, 3), 1000.0)
-    joints_xyz[0] = 3, 4, 500  # by the labels the little finger's tip
-    pose = HandPose(joints_xyz, None, None, np.array([345, 240, 500]))
-    estimator = Mock(return_value=pose, dataset=export.DATASETS["NYU"], camera=Camera(500, 500, 320, 240))
-    off_mm, center_mm = score_marks.score(estimator, None, {"pinky": np.array([320, 240, 512])})
-    assert off_mm == {"pinky": pytest.approx(13)}  # 3, 4 and 12 mm
-    assert center_mm == pytest.approx(np.hypot(25, 12))
-    with pytest.raises(UserError, match="nothing is marked"):
-        score_marks.score(estimator, None, {})
-
-
-MARKS = {"thumb": [250, 200, 500], "wrist": [320, 310, 500]}
-
-
-@pytest.fixture
-def score(model, tmp_path, capsys):
-    """Return a function that scores a hand's frame against marks and returns what is printed."""
-
-    def call(hand, depth_mm, marks):
-        camera = {"fx": 475, "fy": 475, "u0": 319.5, "v0": 239.5}
-        content = {"camera": camera, "hand": hand, "frames": {"a": marks, "absent": marks}}
-        (tmp_path / "marks.json").write_text(json.dumps(content))
-        cv2.imwrite(str(tmp_path / "a.png"), depth_mm)
-        options = ["--marks", str(tmp_path / "marks.json"), "--model", str(model), "--device", "cpu"]
-        assert score_marks.main(options) == 0
-        return capsys.readouterr().out
-
-    return call
-
-
-def distances_mm(printed):
-    """Return the numbers of the first frame's line: of the centre and of each mark."""
-    return [float(cell) for cell in printed.splitlines()[2].split()[1:] if cell != "-"]
-
-
-def test_marks_are_scored_in_millimetres_and_a_wrist_is_no_fingertip(score):
-    printed = score("right", hand_frame(), MARKS)
-    _, thumb_mm, wrist_mm = distances_mm(printed)
-    assert thumb_mm != wrist_mm and "missing" in printed.splitlines()[3]
-    assert printed.endswith(f"hand found in 1 of 2 frames, mean fingertip error {thumb_mm} mm\n")
-
-
-def test_a_left_hand_scores_as_its_mirror_image_does(score):
-    right = score("right", hand_frame(), MARKS)
-    mirrored = {mark: [639 - u, v, d] for mark, (u, v, d) in MARKS.items()}
-    left = score("left", hand_frame()[:, ::-1], mirrored)
-    assert "left hand" in left and distances_mm(left) == pytest.approx(distances_mm(right), abs=0.15)
-
-
-def test_a_file_without_marks_is_refused(tmp_path):
-    (tmp_path / "marks.json").write_text("[]")
-    with pytest.raises(UserError, match="holds no marks"):
-        score_marks.read_marks(tmp_path / "marks.json")

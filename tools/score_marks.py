@@ -1,42 +1,81 @@
-"""Measure predicted fingertips and wrist on real frames in which they were marked by hand.
+"""Measure predicted joints on real frames whose joints were marked, in space or on the picture alone.
 
     python -m tools.score_marks --marks recording/annotations.json --model Model/HAND17_default_final.pt
 
-The JSON holds `camera` (fx, fy, u0, v0, depth_unit_mm), `hand` and `frames`: for each frame's name, a PNG
-beside the JSON, the marks (`thumb`, `index`, `middle`, `ring`, `pinky`, `wrist`) as u px, v px, depth mm of
-the surface.
+The JSON holds `camera`, `hand` and, by the name of the PNG beside it, `frames`:
+
+- marks in space: `thumb`, `index`, `middle`, `ring`, `pinky`, `wrist`, each u px, v px, depth mm of the
+  surface; the camera is fx, fy, u0, v0, depth_unit_mm;
+- marks on the picture: `joints_uv`, u px, v px of every joint of the data set that `joint_order` names.
+  Such pictures are crops whose place in the whole picture nobody knows: their middle is taken for the
+  principal point (the camera is fx, fy), zeros for what surrounds them, and distances are measured in the
+  plane through the hand.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from frames.cameras import parse_camera, read_depth
-from frames.transforms import uvd2xyz
+from frames.cameras import DepthCamera, parse_camera, read_depth
+from frames.transforms import Camera, uvd2xyz
 from predict import HandPoseEstimator
 from prediction.output import finger_chains
 from utils import UserError, run
 
 # In the order of `finger_chains`, whose last joints are the fingertips.
 FINGERS = ("thumb", "index", "middle", "ring", "pinky")
+CANVAS_PX = 640, 480  # what crops are padded to
+FOUND_WITHIN_MM = 60.0
+
+
+class MarkedSet(NamedTuple):
+    """The content of a marks file: `frames` is {name: marks}, `on_crops` says that they have no depth."""
+
+    hand: str
+    depth_camera: DepthCamera
+    frames: dict
+    on_crops: bool
+    joint_order: str | None
+
+
+class Score(NamedTuple):
+    """Distances of one frame, mm.
+
+    `center`: from the crop's centre to the mean of the marks; `space` and `plane` [J]: from each joint to its
+    mark, and between the two at the mark's depth, NaN without a mark; `astray`: for each marked fingertip
+    whether the predicted one lies nearest another finger's tip.
+    """
+
+    center: float
+    space: np.ndarray
+    plane: np.ndarray
+    astray: list
 
 
 def read_marks(path):
-    """Return (hand, {frame name: {mark: uvd [3]}}) of a marks file. Raises UserError where it is none."""
+    """Return the MarkedSet of a JSON file. Raises UserError where it is none."""
+    path = Path(path)
     try:
-        content = json.loads(Path(path).read_text())
-        frames = {
-            frame: {mark: np.array(uvd, np.float64).reshape(3) for mark, uvd in marks.items()}
-            for frame, marks in content["frames"].items()
-        }
-        return content.get("hand", "right"), frames
+        content = json.loads(path.read_text())
+        frames, camera = content["frames"], content["camera"]
+        on_crops = any("joints_uv" in marks for marks in frames.values())
+        if on_crops:
+            middle = ((size - 1) / 2 for size in CANVAS_PX)
+            pinhole = Camera(float(camera["fx"]), float(camera["fy"]), *middle)
+            depth_camera = DepthCamera(pinhole, float(content.get("unit_mm", 1.0)))
+        else:
+            depth_camera = parse_camera(path)
+        return MarkedSet(
+            content.get("hand", "right"), depth_camera, frames, on_crops, content.get("joint_order")
+        )
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no marks of frames: {error}") from None
+        raise UserError(f"{path} holds no marks of frames: {type(error).__name__} {error}") from None
 
 
 def marked_joints(dataset):
@@ -45,56 +84,127 @@ def marked_joints(dataset):
     return joints | ({"wrist": 0} if dataset.joint_number == 21 else {})
 
 
-def score(estimator, depth_mm, marks):
-    """Return ({mark: 3D distance mm} of one frame's joints, distance of its centre to the marks' mean mm).
-
-    Marks lie on the skin, joints some millimetres below it. Raises UserError where there are no marks or
-    no hand is found.
-    """
-    if not marks:
+def marks_uvd(marks, dataset):
+    """Return the joints [J, 3] uvd of marks in space, NaN where none is. Raises UserError."""
+    uvd = np.full((dataset.joint_number, 3), np.nan)
+    for mark, joint in marked_joints(dataset).items():
+        if mark in marks:
+            uvd[joint] = marks[mark]
+    if np.isnan(uvd).all():
         raise UserError("nothing is marked")
-    pose = estimator(depth_mm)
+    return uvd
+
+
+def pad_crop(depth_mm, joints_uv):
+    """Return a crop [h, w] in the middle of an empty picture, and its marks there as uvd [J, 3].
+
+    All get the hand's depth, the median of what was measured at them. Raises UserError where nothing was.
+    """
+    size = np.array(depth_mm.shape[::-1])
+    column, row = (CANVAS_PX - size) // 2
+    if (size > CANVAS_PX).any():
+        raise UserError(f"the crop has {size[0]}x{size[1]} px, more than {CANVAS_PX[0]}x{CANVAS_PX[1]}")
+    canvas = np.zeros(CANVAS_PX[::-1], depth_mm.dtype)
+    canvas[row : row + size[1], column : column + size[0]] = depth_mm
+    joints_uv = np.array(joints_uv, np.float64)
+    columns, rows = np.clip(joints_uv.round().astype(int), 0, size - 1).T
+    measured = depth_mm[rows, columns]
+    if not measured.any():
+        raise UserError("nothing was measured at the marks")
+    hand_mm = np.full((len(joints_uv), 1), np.median(measured[measured > 0]))
+    return canvas, np.hstack([joints_uv + (column, row), hand_mm])
+
+
+def score(pose, true_uvd, camera, dataset):
+    """Return the Score of a HandPose against marks [J, 3] uvd, NaN where none is.
+
+    Marks lie on the skin, joints some millimetres below it.
+    """
+    true_xyz = uvd2xyz(true_uvd, camera)
+    at_depth_xyz = uvd2xyz(np.hstack([pose.joints_uvd[:, :2], true_uvd[:, 2:]]), camera)
+    tips = [chain[-1] for chain in finger_chains(dataset)]
+    apart_mm = np.linalg.norm(at_depth_xyz[tips, None, :2] - true_xyz[tips, :2], axis=-1)
+    apart_mm[:, np.isnan(true_xyz[tips, 0])] = np.inf
+    return Score(
+        float(np.linalg.norm(uvd2xyz(pose.center_uvd, camera) - np.nanmean(true_xyz, axis=0))),
+        np.linalg.norm(pose.joints_xyz - true_xyz, axis=-1),
+        np.linalg.norm(at_depth_xyz - true_xyz, axis=-1),
+        [apart_mm[k].argmin() != k for k in range(len(tips)) if np.isfinite(apart_mm[k, k])],
+    )
+
+
+def score_frame(estimator, path, marks, marked, at_marks):
+    """Return the Score of one file. Raises UserError where it has no marks or no hand is found."""
+    dataset, depth_mm = estimator.dataset, read_depth(path, marked.depth_camera)
+    if marked.on_crops:
+        depth_mm, true_uvd = pad_crop(depth_mm, marks["joints_uv"])
+    else:
+        true_uvd = marks_uvd(marks, dataset)
+    pose = estimator(depth_mm, center_uvd=np.nanmean(true_uvd, axis=0) if at_marks else None)
     if pose.reason:
         raise UserError(pose.reason)
-    marks_xyz = {mark: uvd2xyz(uvd, estimator.camera) for mark, uvd in marks.items()}
-    off_mm = {
-        mark: float(np.linalg.norm(pose.joints_xyz[joint] - marks_xyz[mark]))
-        for mark, joint in marked_joints(estimator.dataset).items()
-        if mark in marks
-    }
-    middle_xyz = np.mean(list(marks_xyz.values()), axis=0)
-    return off_mm, float(np.linalg.norm(uvd2xyz(pose.center_uvd, estimator.camera) - middle_xyz))
+    return score(pose, true_uvd, estimator.camera, dataset)
 
 
-def main(argv=None):
-    """Print a line a frame and the means."""
-    parser = argparse.ArgumentParser(description="Measure predictions against marks made by hand.")
-    parser.add_argument("--marks", type=Path, required=True, help="JSON file with the frames beside it")
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args(argv)
-    hand, frames = read_marks(args.marks)
-    depth_camera = parse_camera(args.marks)
-    estimator = HandPoseEstimator(args.model, depth_camera.camera, hand=hand, device=args.device)
-    columns = list(marked_joints(estimator.dataset))
-    print(f"{estimator.model}: distances in mm, {hand} hand")
-    print(f"{'frame':<16}" + "".join(f"{name:>9}" for name in ("centre", *columns)))
-    found, tips_mm = 0, []
-    for name, marks in frames.items():
+def score_set(estimator, folder, marked, at_marks=False):
+    """Print a line for each frame of a set and one for all; return the Scores."""
+    columns, scores = marked_joints(estimator.dataset), []
+    names = ("centre", *columns)
+    print(f"{'frame':<16}" + "".join(f"{name:>9}" for name in names))
+    for name, marks in marked.frames.items():
         try:
-            off_mm, center_mm = score(
-                estimator, read_depth(args.marks.parent / f"{name}.png", depth_camera), marks
-            )
+            path = folder / (name if name.endswith(".png") else f"{name}.png")
+            scores.append(score_frame(estimator, path, marks, marked, at_marks))
         except UserError as error:
             print(f"{name:<16} {error}")
             continue
-        found += 1
-        tips_mm += [off_mm[finger] for finger in FINGERS if finger in off_mm]
-        cells = (f"{off_mm[mark]:9.1f}" if mark in off_mm else f"{'-':>9}" for mark in columns)
-        print(f"{name:<16}{center_mm:9.1f}" + "".join(cells))
-    mean = f"{np.mean(tips_mm):.1f} mm" if tips_mm else "none"
-    print(f"hand found in {found} of {len(frames)} frames, mean fingertip error {mean}")
-    return 0 if found else 1
+        off_mm = scores[-1].plane if marked.on_crops else scores[-1].space
+        cells = [scores[-1].center, *(off_mm[joint] for joint in columns.values())]
+        print(f"{name:<16}" + "".join(f"{'-':>9}" if np.isnan(mm) else f"{mm:9.1f}" for mm in cells))
+    print(
+        f"found {len(scores)} of {len(marked.frames)}" + (summary(scores, marked, columns) if scores else "")
+    )
+    return scores
+
+
+def summary(scores, marked, columns):
+    """Return the words that sum up a set's Scores."""
+    near = sum(one.center <= FOUND_WITHIN_MM for one in scores)
+    tips = [joint for mark, joint in columns.items() if mark in FINGERS]
+    plane_mm = np.nanmean([one.plane for one in scores])
+    tips_mm = np.nanmean([(one.plane if marked.on_crops else one.space)[tips] for one in scores])
+    astray = np.concatenate([one.astray for one in scores])
+    return (
+        f", {near} within {FOUND_WITHIN_MM:.0f} mm of the marks' middle; "
+        f"joints in the plane {plane_mm:.1f} mm, "
+        f"fingertips {'in the plane' if marked.on_crops else 'in space'} {tips_mm:.1f} mm, "
+        f"{astray.sum():.0f} of {len(astray)} tips nearest another finger's"
+    )
+
+
+def main(argv=None):
+    """Score every set; return 0 where a hand was found in each."""
+    parser = argparse.ArgumentParser(description="Measure predictions on frames whose joints were marked.")
+    parser.add_argument(
+        "--marks", type=Path, nargs="+", required=True, help="JSON files with their frames beside them"
+    )
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint")
+    parser.add_argument(
+        "--at_marks", action="store_true", help="take the marks' middle for the hand's, instead of finding it"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    found = []
+    for path in args.marks:
+        marked = read_marks(path)
+        estimator = HandPoseEstimator(
+            args.model, marked.depth_camera.camera, hand=marked.hand, device=args.device
+        )
+        if marked.on_crops and marked.joint_order != estimator.dataset.name:
+            raise UserError(f"{path} has marks of {marked.joint_order}, {args.model} other joints")
+        print(f"{path}, {estimator.model}: distances in mm, {marked.hand} hand")
+        found.append(score_set(estimator, path.parent, marked, args.at_marks))
+    return 0 if all(found) else 1
 
 
 if __name__ == "__main__":
