@@ -6,7 +6,6 @@ python demo.py
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,27 +66,20 @@ def train_on_cores(words):
 
     Raises UserError where it fails.
     """
-    count, script = min(2, usable_cores()), str(Path(__file__).with_name("train.py"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": count}
-    training = []
-    before = signal.getsignal(signal.SIGINT)
+    count, script = min(2, usable_cores()), Path(__file__).with_name("train.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    training = subprocess.Popen([*launcher, script, *words], env={"OMP_NUM_THREADS": "1"} | os.environ)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # training gets it too, and saves its state first
     try:
-        for rank in range(count):
-            settings = group | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": usable_cores() // count}
-            environment = os.environ | {name: str(value) for name, value in settings.items()}
-            training.append(subprocess.Popen([sys.executable, script, *words], env=environment))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # they get it too, and save their state first
-        statuses = [process.wait() for process in training]
+        status = training.wait()
     finally:
         signal.signal(signal.SIGINT, before)
-        for process in training:
-            process.kill()
-            process.wait()
-    if any(statuses):
+        training.terminate()
+        training.wait()
+    if status:
         raise UserError(
-            f"training ended with status {next(filter(None, statuses))}; `python demo.py` goes on from where "
-            "it was, or begins anew once Model/HAND17_demo_* is removed"
+            "training did not end well: see above. `python demo.py` goes on from where it was, or begins anew "
+            "once Model/HAND17_demo_* is removed"
         )
 
 

@@ -388,7 +388,7 @@ def test_the_demo_says_how_its_training_ended(workplace, monkeypatch):
     (workplace / "train.py").write_text(TRAIN)
     monkeypatch.setattr(demo, "__file__", str(workplace / "demo.py"))
     monkeypatch.setattr(demo, "usable_cores", lambda: 2)
-    with pytest.raises(UserError, match=r"status -9; `python demo.py` .* Model/HAND17_demo_\* is removed"):
+    with pytest.raises(UserError, match=r"`python demo.py` goes on .* Model/HAND17_demo_\* is removed"):
         demo.train_on_cores(["killed"])
 
 
