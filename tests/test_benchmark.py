@@ -1,12 +1,14 @@
 """The benchmark: it runs, and its table and JSON say the same."""
 
 import json
+import time
+from unittest.mock import Mock
 
 import pytest
 
 from annotations import build_cache
 from tools import benchmark
-from tools.benchmark import Timing, format_rows, timed
+from tools.benchmark import format_rows, timed, to_row
 
 
 def test_it_measures_a_data_set_and_the_network(fresh_indexed, tmp_path, capsys, monkeypatch):
@@ -28,13 +30,14 @@ def test_it_measures_a_data_set_and_the_network(fresh_indexed, tmp_path, capsys,
 
 
 def test_a_rate_and_a_time_keep_their_relative_spread():
-    timing = Timing(median=0.5, spread=0.05)
-    assert timing.row("part", "samples/s", 8)[:4] == ("part", 16.0, "samples/s", pytest.approx(1.6))
-    assert timing.row("part", "ms")[:4] == ("part", 500.0, "ms", pytest.approx(50.0))
-    assert "part" in format_rows([timing.row("part", "ms")])
+    timing = Mock(median=0.5, iqr=0.1)
+    assert to_row(timing, "part", "samples/s", 8)[:4] == ("part", 16.0, "samples/s", pytest.approx(1.6))
+    assert to_row(timing, "part", "ms")[:4] == ("part", 500.0, "ms", pytest.approx(50.0))
+    assert "part" in format_rows([to_row(timing, "part", "ms")])
 
 
-def test_functions_take_turns():
+def test_functions_take_turns_and_a_slow_one_is_measured_as_such():
     calls = []
-    timed([lambda: calls.append("a"), lambda: calls.append("b")], benchmark.torch.device("cpu"), 3)
-    assert "".join(calls) == "ab" * 5
+    slow, fast = timed([lambda: calls.append("a") or time.sleep(0.02), lambda: calls.append("b")], 3)
+    assert "".join(calls) == "aabb" * 3
+    assert 0.02 <= slow.median < 0.2 and fast.median < 0.01 and slow.iqr < 0.1

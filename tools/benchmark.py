@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import synthetic
@@ -60,42 +60,21 @@ class Row(NamedTuple):
     remark: str = ""
 
 
-class Timing(NamedTuple):
-    """Seconds one call took: median and half the interquartile range."""
-
-    median: float
-    spread: float
-
-    def row(self, part, unit, work=1.0, remark=""):
-        """Return a Row of the rate at which `work` is done, or of the time where the unit is `ms`."""
-        share = self.spread / self.median
-        value = 1e3 * self.median if unit == "ms" else work / self.median
-        return Row(part, value, unit, share * value, remark)
+def to_row(timing, part, unit, work=1.0, remark=""):
+    """Return a Row of the rate at which a Measurement did `work`, or of its time where the unit is `ms`."""
+    value = 1e3 * timing.median if unit == "ms" else work / timing.median
+    return Row(part, value, unit, timing.iqr / 2 / timing.median * value, remark)
 
 
-def timed(functions, device, repeats, clock=time.perf_counter):
-    """Return a Timing for each function; they take turns, so that a busy machine slows all alike."""
-    seconds = [[] for _ in functions]
-    for repeat in range(repeats + 2):
-        for function, measured in zip(functions, seconds):
-            started = clock()
-            function()
-            _wait(device)
-            if repeat >= 2:
-                measured.append(clock() - started)
-    return [_timing(measured) for measured in seconds]
-
-
-def _timing(seconds):
-    if len(seconds) < 2:
-        return Timing(seconds[0], 0.0)
-    quarters = statistics.quantiles(seconds, n=4)
-    return Timing(statistics.median(seconds), (quarters[2] - quarters[0]) / 2)
-
-
-def _wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(functions, repeats, clock=timer):
+    """Return a Measurement for each function; they take turns, so that a busy machine slows all alike."""
+    timers = [
+        Timer("work()", globals={"work": work}, timer=clock, num_threads=torch.get_num_threads())
+        for work in functions
+    ]
+    # With no least time a turn is one call, after one that warms up.
+    turns = [[one.blocked_autorange(min_run_time=0) for one in timers] for _ in range(repeats)]
+    return [Measurement.merge(measured)[0] for measured in zip(*turns)]
 
 
 def data_folders(given, folder, frames):
@@ -125,17 +104,18 @@ def loading_rows(name, root, repeats):
     ]
     if cached.cache:
         functions.append(lambda: [cached[i, i] for i in numbers])
-    cpu = torch.device("cpu")
-    decoding, uncached, index, *rest = timed(functions, cpu, repeats, time.process_time)
+    decoding, uncached, index, *rest = timed(functions, repeats, time.process_time)
     count = len(numbers)
-    yield index.row(f"{name} index", "frames/s/core", count)
-    yield decoding.row(f"{name} files alone", "frames/s/core", count)
+    yield to_row(index, f"{name} index", "frames/s/core", count)
+    yield to_row(decoding, f"{name} files alone", "frames/s/core", count)
     slower = f"{uncached.median / decoding.median:.2f} x the time of the files alone"
-    yield uncached.row(f"{name} training samples, files", "samples/s/core", count, slower)
+    yield to_row(uncached, f"{name} training samples, files", "samples/s/core", count, slower)
     for timing in rest:
         milliseconds = f"{1e3 * timing.median / count:.3f} ms, "
         faster = f"{decoding.median / timing.median:.1f} x the files alone"
-        yield timing.row(f"{name} training samples, cache", "samples/s/core", count, milliseconds + faster)
+        yield to_row(
+            timing, f"{name} training samples, cache", "samples/s/core", count, milliseconds + faster
+        )
 
 
 def decode_alone(frames, index):
@@ -154,8 +134,8 @@ def loader_rows(name, root, workers, repeats):
     for count in workers:
         args = argparse.Namespace(num_workers=count)
         loader = make_loader(dataset, EpochSampler(numbers, 32, seed=1), args, cpu, 32)
-        (timing,) = timed([lambda loader=loader: sum(1 for _ in batches_of(loader))], cpu, repeats)
-        yield timing.row(f"{name} DataLoader, {count} workers", "samples/s", len(numbers))
+        (timing,) = timed([lambda loader=loader: sum(1 for _ in batches_of(loader))], repeats)
+        yield to_row(timing, f"{name} DataLoader, {count} workers", "samples/s", len(numbers))
 
 
 def random_batch(size, device):
@@ -173,7 +153,7 @@ def target_row(device, repeats):
     """Return the Row of making heatmaps and depth maps on the device."""
     batch = random_batch(32, device)
     work = lambda: spatial_form(batch.uvd, batch.label_img, batch.mask)  # noqa: E731
-    return timed([work], device, repeats)[0].row("targets, batch 32", "samples/s", 32)
+    return to_row(timed([work], repeats)[0], "targets, batch 32", "samples/s", 32)
 
 
 def limit_flops(device, dtype, repeats):
@@ -185,8 +165,8 @@ def limit_flops(device, dtype, repeats):
     left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     pixels, kernels = left.view(1, -1, 64, edge).permute(0, 3, 1, 2), right.T[:, :, None, None].contiguous()
     products = [lambda: left @ right, lambda: torch.nn.functional.conv2d(pixels, kernels)]
-    timing = min(timed(products, device, repeats))
-    return timing.row("", "FLOP/s", 2 * edge**3)[1:4:2]
+    timing = min(timed(products, repeats), key=lambda one: one.median)
+    return to_row(timing, "", "FLOP/s", 2 * edge**3)[1:4:2]
 
 
 def counted_flops(function):
@@ -207,14 +187,14 @@ def training_rows(device, batch_sizes, precisions, modes, repeats):
             plain = plain_step(device, size)
             flops = counted_flops(plain)
             steps = [training_step(device, size, words + MODES[mode]) for mode in modes]
-            base, *timings = timed([plain, *steps], device, repeats)
+            base, *timings = timed([plain, *steps], repeats)
             if precision == "float32":
-                yield base.row(f"training plain, batch {size}", "samples/s", size)
+                yield to_row(base, f"training plain, batch {size}", "samples/s", size)
             for mode, step, timing in zip(modes, steps, timings):
                 share = f"{flops / timing.median / limit:.0%} of the limit, {peak_memory(device, step)}"
                 times = f"{base.median / timing.median:.2f} x the plain step, "
-                yield timing.row(
-                    f"training {precision} {mode}, batch {size}", "samples/s", size, times + share
+                yield to_row(
+                    timing, f"training {precision} {mode}, batch {size}", "samples/s", size, times + share
                 )
 
 
@@ -261,18 +241,18 @@ def inference_rows(device, network, batch_sizes, modes, repeats):
         # Whatever its rounding is, it is timed, and said.
         forwards = [network, *(prepare(network, device, count, tolerance_mm=math.inf) for count in counts)]
         works = [lambda forward=forward, inputs=inputs: forward(*inputs) for forward in forwards]
-        base, *timings = timed(works, device, repeats)
+        base, *timings = timed(works, repeats)
         if size == 1:
             flops, exact = counted_flops(works[0]), works[0]()[-1].uvd
-            yield base.row("inference plain, one frame", "ms", remark=f"{flops / 1e9:.1f} GFLOP")
+            yield to_row(base, "inference plain, one frame", "ms", remark=f"{flops / 1e9:.1f} GFLOP")
         for mode, work, timing in zip(modes, works[1:], timings):
             if size == 1:
                 times = f"{base.median / timing.median:.2f} x as fast as plain"
                 moved = f"{times}, answers within {moved_mm(exact, work().uvd):.4f} mm"
-                yield timing.row(f"inference {mode}, one frame", "ms", remark=moved)
+                yield to_row(timing, f"inference {mode}, one frame", "ms", remark=moved)
             share = f"{mode}, batch {size}, {flops * size / timing.median / limit:.0%} of the float32 limit"
-            row = timing.row(
-                "inference, best batch", "frames/s", size, f"{share}, {peak_memory(device, work)}"
+            row = to_row(
+                timing, "inference, best batch", "frames/s", size, f"{share}, {peak_memory(device, work)}"
             )
             best = row if best is None or row.value > best.value else best
     yield best
@@ -329,7 +309,7 @@ def parse(argv=None):
         "--data", type=_folder, action="append", default=[], metavar="NAME=DIR", help="a data set with index"
     )
     parser.add_argument("--frames", type=int, default=FRAMES, help="training frames of a rendered data set")
-    parser.add_argument("--repeats", type=int, default=20, help="measurements of a row, after two warm-ups")
+    parser.add_argument("--repeats", type=int, default=20, help="measurements of a row, each after a warm-up")
     parser.add_argument("--parts", nargs="+", choices=("loading", "network"), default=["loading", "network"])
     parser.add_argument(
         "--precisions", nargs="+", choices=CASES, default=list(CASES), help="of the training step"
