@@ -19,7 +19,8 @@ from engine.loops import picture_of
 from engine.metrics import PROTOCOLS, joint_errors_mm
 from engine.options import parse_test, parse_train
 from engine.state import checkpoint_path, run_name
-from engine.training import load_network, open_splits, test
+from engine.testing import load_network, test
+from engine.training import open_splits
 from evaluate import plot_errors, read_joints
 from frames.drawing import draw_crop, write_picture
 from frames.transforms import joints_to_crop

@@ -21,7 +21,7 @@ from engine.batches import to_device
 from engine.checkpoints import load_checkpoint, resolve_device
 from engine.inference import prepare
 from engine.options import parse_predict
-from engine.training import network_from, require_trained_on
+from engine.testing import network_from, require_trained_on
 from frames.cameras import DepthCamera, check_depth, list_frames, parse_camera, read_depth
 from frames.files import FrameError
 from frames.handfinder import find_center

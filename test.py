@@ -8,7 +8,7 @@ python test.py --dataset NYU --model Model/NYU_published.pt
 import sys
 
 from engine.options import parse_test
-from engine.training import test_and_evaluate
+from engine.testing import test_and_evaluate
 from utils import run
 
 

@@ -7,7 +7,7 @@ python test_msra.py --subject all
 import sys
 
 from engine.options import parse_test
-from engine.training import test_and_evaluate
+from engine.testing import test_and_evaluate
 from utils import run
 
 

@@ -1,15 +1,13 @@
-"""The loops: one training epoch, validation and prediction."""
+"""The loops: one training epoch and validation."""
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from engine import distributed
-from engine.batches import Batch, WorkerDied, batches_of, ending_workers, make_loader, to_device
-from engine.inference import prepare
+from engine.batches import Batch, WorkerDied, batches_of, to_device
 from engine.metrics import joint_errors_mm
 from frames.drawing import draw_comparison
 from frames.samples import Sample
@@ -265,23 +263,3 @@ def picture_of(network, dataset, index, device, args):
         for uvd, maps in ((samples.uvd, heatmaps), (output.uvd, output.heatmaps))
     )
     return draw_comparison(samples.img[0, 0].cpu().numpy(), true, predicted, dataset.config)
-
-
-def predict(network, dataset, args, device):
-    """Return joints [N, J, 3] uvd (px, mm) of every frame of a data set, and the refused frames' errors.
-
-    A refused frame's joints are zero, so that rows stay aligned with the data set.
-    """
-    forward = prepare(network, device, len(dataset))
-    loader = make_loader(dataset, range(len(dataset)), args, device, args.batch_size)
-    joints_uvd, refused = np.zeros((len(dataset), dataset.joint_number, 3)), []
-    bar = tqdm(total=len(dataset), desc=f"predict {dataset.name}", unit="frame", leave=False)
-    with bar, ending_workers(loader):
-        for batch in batches_of(loader):
-            refused += batch.refused
-            if batch.samples is not None:
-                samples = to_device(batch.samples, device)
-                uvd = forward(samples.img, samples.label_img, samples.mask).uvd.cpu()
-                joints_uvd[batch.indices] = dataset.recover_uvd(uvd, batch.samples)
-            bar.update(len(batch.indices) + len(batch.refused))
-    return joints_uvd, refused

@@ -214,7 +214,7 @@ class RunState:
                 "record": record,
                 "state_dict": {name: value.clone() for name, value in self.network.state_dict().items()},
             }
-            with going_on(), atomic_path(Path("logs", self.run, "engine.metrics.jsonl")) as temporary:
+            with going_on(), atomic_path(Path("logs", self.run, "metrics.jsonl")) as temporary:
                 temporary.write_text("".join(f"{json.dumps(r)}\n" for r in [self.provenance, *self.records]))
             for key in ("loss", "val_loss", "val_mm", "lr"):
                 self.log("add_scalar", key, record[key], self.epoch)

@@ -1,6 +1,5 @@
-"""A training run and a test run as a whole: from options to checkpoints, logs and result files."""
+"""A training run as a whole: from options to checkpoints and logs."""
 
-import os
 import time
 from argparse import Namespace
 from contextlib import suppress
@@ -9,22 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets import DATASETS, MSRADataset, test_labels_uvd
+from datasets import DATASETS, MSRADataset
 from engine import distributed
 from engine.batches import EpochSampler, PartSampler, ending_workers, make_loader
-from engine.checkpoints import (
-    draw_seed,
-    load_checkpoint,
-    resolve_device,
-    seed_everything,
-    torch_errors_explained,
-)
-from engine.loops import Progress, picture_of, predict, train_one_epoch, validate
-from engine.metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
+from engine.checkpoints import draw_seed, resolve_device, seed_everything, torch_errors_explained
+from engine.loops import Progress, picture_of, train_one_epoch, validate
 from engine.state import RunState, caught_signals, checkpoint_path, load_state, run_name, write_options
 from frames.files import FrameError
-from model import PixelwiseRegression, from_checkpoint
-from utils import UserError, atomic_path
+from model import PixelwiseRegression
+from utils import UserError
 
 
 def open_splits(args):
@@ -177,127 +169,3 @@ def folds(args):
         for fold in options:
             fold.resume = "auto" if begun else args.resume
     return options
-
-
-def require_trained_on(dataset, checkpoint, path):
-    """Raise UserError where a checkpoint, read from `path`, says that another data set's joints are its."""
-    says = checkpoint.get("dataset") or dataset
-    if says != dataset:
-        raise UserError(f"{path} was trained on {says}, whose joints are not those of {dataset}")
-
-
-def load_network(path, joints):
-    """Build the network of a checkpoint file. Raises UserError where it is damaged or has other joints."""
-    return network_from(load_checkpoint(path), path, joints)
-
-
-def network_from(checkpoint, path, joints):
-    """Build the network of a checkpoint read from `path`. Raises UserError as `load_network` does."""
-    try:
-        _check_size(checkpoint)
-        network = from_checkpoint(checkpoint)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:120]}") from error
-    if network.joints != joints:
-        raise UserError(f"{path} predicts {network.joints} joints, this data set has {joints}")
-    return network
-
-
-def _check_size(checkpoint):
-    """Raise ValueError where `model_param` is not that of the weights: it might ask for all memory."""
-    param, weights = checkpoint["model_param"], checkpoint["state_dict"]
-    sizes = {
-        "features": len(weights["stages.0.conv.weight"]),
-        "label_size": weights["stages.0.plane_regression.filter"].shape[-1],
-        "kernel_size": weights["conv.0.weight"].shape[-1],
-    }
-    wrong = [f"{name} {param[name]}" for name, size in sizes.items() if param.get(name, size) != size]
-    if param["stage"] * (param["level"] + 1) > len(weights):
-        wrong.append(f"stage {param['stage']} and level {param['level']}")
-    if wrong:
-        raise ValueError(f"the weights are not those of {', '.join(wrong)}")
-
-
-@torch_errors_explained()
-def test(args):
-    """Predict a test split, write Result/<run>.txt and print the speed and, with labels, the errors.
-
-    Returns (result lines, joints uvd, labels uvd or None). Raises UserError for what the user can mend.
-    """
-    device = resolve_device(args.device, args.gpu_id)
-    cls, run = DATASETS[args.dataset], run_name(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("test.py and test_msra.py run in one process: leave torchrun out")
-    path = args.model or checkpoint_path(run, args.seed)
-    checkpoint = load_checkpoint(path)
-    require_trained_on(args.dataset, checkpoint, path)
-    network = network_from(checkpoint, path, cls.joint_number)
-    label_size = network.param["label_size"]
-    fold = {"subject": args.subject} if cls is MSRADataset else {}
-    dataset = cls(
-        path=args.data_dir,
-        dataset="test",
-        test_only=True,
-        process_mode=args.process_mode,
-        label_size=label_size,
-        image_size=2 * label_size,
-        **fold,
-    )
-    started = time.perf_counter()
-    joints_uvd, refused = predict(network, dataset, args, device)
-    print(f"{run}: {len(dataset) / (time.perf_counter() - started):.1f} frames a second on {device}")
-    for error in refused[:10]:
-        print(f"warning: {error}; its joints are written as zeros, which count as such in the errors")
-    if len(refused) > 10:
-        print(f"warning: so are those of {len(refused) - 10} more frames")
-    lines = result_lines(dataset, joints_uvd)
-    write_results(Path("Result", f"{run}.txt"), lines)
-    labels_uvd = None
-    if args.dataset != "HAND17":
-        try:
-            labels_uvd = test_labels_uvd(args.dataset, args.data_dir, **fold)
-        except FrameError as error:
-            print(f"warning: {error}; no errors are printed")
-    return lines, joints_uvd, labels_uvd
-
-
-def test_and_evaluate(args):
-    """Test as the options say and print the evaluation table; MSRA's `all` merges the nine subjects.
-
-    The merged result file is in the community's order: subject, gesture, frame.
-    """
-    if args.dataset != "MSRA":
-        results, title = [test(args)], run_name(args)
-    else:
-        results = [test(fold) for fold in folds(args)]
-        title = run_name(args) if len(results) == 1 else f"MSRA_{args.suffix}"
-    parts, _, labels_uvd = zip(*results)
-    lines = sum(parts, [])
-    if len(results) > 1:
-        write_results(Path("Result", f"{title}.txt"), lines)
-    if all(labels is not None for labels in labels_uvd):
-        protocol, labels_uvd = PROTOCOLS[args.dataset], np.concatenate(labels_uvd)
-        # The numbers as written: evaluate.py prints the same table of the file, to the last digit.
-        joints_uvd = np.array([line.split() for line in lines], dtype=np.float64).reshape(labels_uvd.shape)
-        error_mm = joint_errors_mm(protocol.to_xyz(joints_uvd), protocol.to_xyz(labels_uvd))
-        print(format_table({title: summarise(error_mm, protocol.split)}, protocol.joint_names))
-
-
-def result_lines(dataset, joints_uvd):
-    """Return the lines of a result file: uvd, or HAND17's file name and xyz."""
-    if dataset.name != "HAND17":
-        return [
-            " ".join(f"{n:.3f}" for n in frame) for frame in joints_uvd.reshape(len(joints_uvd), -1).tolist()
-        ]
-    joints_xyz = dataset.uvd2xyz(joints_uvd).reshape(len(joints_uvd), -1) + 0.0  # no "-0.000"
-    return [
-        "\t".join([f"frame\\images\\{dataset.frame_path(index).name}", *(f"{n:.3f}" for n in frame)])
-        for index, frame in enumerate(joints_xyz.tolist())
-    ]
-
-
-def write_results(path, lines):
-    """Write a result file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines))
-    print(f"{path}: {len(lines)} frames")

@@ -282,7 +282,7 @@ def test_training_ends_at_the_same_error(cached, script):
     for suffix in ("cache", "files"):
         done = script("train.py", "--suffix", suffix, *options, *SMALL_NETWORK, *ON_CPU)
         assert done.status == 0, done.err
-        log = root.parent.parent / "logs" / f"NYU_{suffix}" / "engine.metrics.jsonl"
+        log = root.parent.parent / "logs" / f"NYU_{suffix}" / "metrics.jsonl"
         records = map(json.loads, log.read_text().splitlines())
         errors.append([record["val_mm"] for record in records if "val_mm" in record])
         for path in root.glob("*.cache"):

@@ -26,12 +26,13 @@ import torch
 
 from annotations import build_cache, build_index, sources
 from datasets import DATASETS
-from engine import training as runs
+from engine import testing as runs
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.loops import Progress
 from engine.options import parse_train
 from engine.state import RunState, load_state
-from engine.training import build_network, load_network, open_splits
+from engine.testing import load_network
+from engine.training import build_network, open_splits
 from frames import cache
 from frames.files import FrameError
 from model import PixelwiseRegression

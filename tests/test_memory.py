@@ -17,6 +17,7 @@ from training import RUN, TINY, repeat_lines
 
 from datasets import DATASETS
 from engine import loops as engine
+from engine import testing
 from engine.checkpoints import resolve_device
 from engine.options import parse_train
 from engine.training import train
@@ -53,13 +54,13 @@ def train_long(steps):
 
 def predict_long(frames):
     """Predict; return the memory after a quarter, a half and all of it."""
-    sizes, original = [], engine.to_device
+    sizes, original = [], testing.to_device
     dataset = DATASETS["ICVL"](dataset="test", test_only=True, label_size=16, image_size=32)
     assert len(dataset) == frames
     note = measured_at((0.25, 0.5, 1), frames // 4, sizes)
-    engine.to_device = lambda *arguments: (note(), original(*arguments))[1]
+    testing.to_device = lambda *arguments: (note(), original(*arguments))[1]
     network = PixelwiseRegression(dataset.joint_number, stage=1, label_size=16, features=32, level=0)
-    _, refused = engine.predict(network, dataset, parse_train("", TINY), resolve_device("cpu"))
+    _, refused = testing.predict(network, dataset, parse_train("", TINY), resolve_device("cpu"))
     assert not refused
     return sizes
 

@@ -89,7 +89,7 @@ def chains(tmp_path_factory):
 
 def epochs_of(folder, run):
     """Return the records of a run's epochs; the log's first line tells its circumstances."""
-    lines = (Path(folder) / "logs" / run / "engine.metrics.jsonl").read_text().splitlines()
+    lines = (Path(folder) / "logs" / run / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "epoch" in record]
 
 

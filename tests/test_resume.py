@@ -269,7 +269,7 @@ def test_state_that_is_none_is_refused(change, words, place):
 
 def test_checkpoint_and_log_say_what_the_run_depended_on(place):
     train_tiny("--epoch", 1)
-    logged = json.loads(Path("logs", RUN, "engine.metrics.jsonl").read_text().splitlines()[0])
+    logged = json.loads(Path("logs", RUN, "metrics.jsonl").read_text().splitlines()[0])
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=False
     ).stdout.strip()

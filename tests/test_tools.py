@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_predict import save_network
 
-from engine.training import load_network
+from engine.testing import load_network
 from tools import export, show
 from utils import UserError
 

@@ -69,7 +69,7 @@ def _train_in(folder, arguments, limit_bytes):
 
 def records(folder="."):
     """Return the epochs of a run's metrics.jsonl without how long they took."""
-    lines = Path(folder, "logs", RUN, "engine.metrics.jsonl").read_text().splitlines()[1:]
+    lines = Path(folder, "logs", RUN, "metrics.jsonl").read_text().splitlines()[1:]
     return [{**json.loads(line), "seconds": None} for line in lines]
 
 

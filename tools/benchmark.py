@@ -34,7 +34,8 @@ from engine.inference import COMPILE_FRAMES, moved_mm, prepare
 from engine.loops import train_step
 from engine.options import parse_train
 from engine.state import build_optimizer
-from engine.training import build_network, load_network
+from engine.testing import load_network
+from engine.training import build_network
 from frames.files import read_bytes
 from frames.samples import Sample
 from model import losses, spatial_form
