@@ -15,11 +15,12 @@ import torch
 
 from annotations import build_cache, build_index
 from datasets import HAND17Dataset
+from engine.checkpoints import load_network
 from engine.loops import picture_of
 from engine.metrics import PROTOCOLS, joint_errors_mm
 from engine.options import parse_test, parse_train
 from engine.state import checkpoint_path, run_name
-from engine.testing import load_network, test
+from engine.testing import test
 from engine.training import open_splits
 from evaluate import plot_errors, read_joints
 from frames.drawing import draw_crop, write_picture
@@ -79,8 +80,8 @@ def train_on_cores(words):
         training.wait()
     if status:
         raise UserError(
-            "training did not end well: see above. `python demo.py` goes on from where it was, or begins anew "
-            "once Model/HAND17_demo_* is removed"
+            "training did not end well: see above. `python demo.py` goes on from where it was, or begins "
+            "anew once Model/HAND17_demo_* is removed"
         )
 
 
@@ -113,9 +114,9 @@ def main():
     }
     write_picture(PICTURES / "frames.png", draw_frames(test_set, (test_set.xyz2uvd(true_xyz), predicted_uvd)))
     plot_errors(PICTURES / "errors.png", errors_mm, PROTOCOLS["HAND17"].joint_names, "Rendered hands")
-    network = load_network(checkpoint_path(run_name(options), "final"), test_set.joint_number)
+    network = load_network(checkpoint_path(run_name(options), "final"), "HAND17")
     _, _, val_set, _ = open_splits(options)
-    picture = picture_of(network.eval(), val_set, 0, torch.device("cpu"), options)
+    picture = picture_of(network, val_set, 0, torch.device("cpu"), options)
     write_picture(PICTURES / "heatmaps.png", picture)
     for name, error_mm in errors_mm.items():
         print(

@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Of a checkpoint's weights, those whose number is the joints'.
-JOINTS_BIAS = "stages.0.plane_regression.conv.9.bias"
-
 # Keeps the two weighted means defined where a heatmap or a mask is empty.
 EPSILON = 1e-14
 
@@ -246,18 +243,6 @@ def _validate(joints, stage, label_size, features, level, kernel_size, norm_meth
             f"label_size {label_size} leaves one pixel at the bottom of level {level}, which instance "
             f"norm cannot normalise: choose a smaller level or a label_size of at least {2 * smallest}"
         )
-
-
-def from_checkpoint(checkpoint):
-    """Build the network that a published or own checkpoint dict describes, with its weights.
-
-    Raises ValueError or KeyError where the dict is no such checkpoint, RuntimeError where its
-    weights do not fit its `model_param`.
-    """
-    joints = len(checkpoint["state_dict"][JOINTS_BIAS])
-    network = PixelwiseRegression(joints, **checkpoint["model_param"])
-    network.load_state_dict(checkpoint["state_dict"])
-    return network
 
 
 def grid_position(uv, label_size):

@@ -18,10 +18,9 @@ import torch
 
 from datasets import DATASETS, MIN_HAND_PIXELS
 from engine.batches import to_device
-from engine.checkpoints import load_checkpoint, resolve_device
+from engine.checkpoints import load_network, resolve_device
 from engine.inference import prepare
 from engine.options import parse_predict
-from engine.testing import network_from, require_trained_on
 from frames.cameras import DepthCamera, check_depth, list_frames, parse_camera, read_depth
 from frames.files import FrameError
 from frames.handfinder import find_center
@@ -36,12 +35,9 @@ from frames.transforms import (
     uvd2xyz,
     window_around,
 )
-from model import JOINTS_BIAS, grid_position
+from model import grid_position
 from prediction.output import PredictionWriter
 from utils import UserError, run
-
-# Joints of a checkpoint that does not name its data set; 21 are MSRA's or HAND17's.
-DATASET_OF_JOINTS = {14: "NYU", 16: "ICVL"}
 
 # A joint's confidence is the share of its heatmap within this distance of it.
 SURE_WITHIN_MM = 15.0
@@ -118,8 +114,8 @@ class HandPoseEstimator:
         self.camera, self.size_px = depth_camera.camera, depth_camera.size_px
         self.device = resolve_device(device)
         self.model = Path(model)
-        self.network, name = load_model(self.model, joints)
-        self.dataset = DATASETS[name]
+        self.network = load_network(self.model, joints)
+        self.dataset = DATASETS[self.network.dataset]
         self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
         self._forward = prepare(self.network, self.device, frames)
 
@@ -252,23 +248,6 @@ def _middle(crop, uvd):
         return crop.com.numpy().astype(np.float64)
     middle = surface[hand].mean(0, keepdims=True)
     return recover_uvd(middle, float(crop.box_size), cube_mm, crop.com.numpy())[0]
-
-
-def load_model(path, joints):
-    """Return the network of a checkpoint and the name of the data set whose joints it predicts.
-
-    Where the checkpoint does not name it, the joints or the file's name (MSRA_default_...) tell.
-    Raises UserError where nothing does.
-    """
-    checkpoint = load_checkpoint(path)
-    weights = checkpoint["state_dict"]
-    count = len(weights[JOINTS_BIAS]) if isinstance(weights, dict) and JOINTS_BIAS in weights else 0
-    named = path.name.partition("_")[0]
-    name = joints or checkpoint.get("dataset") or DATASET_OF_JOINTS.get(count, named)
-    if name not in DATASETS:
-        raise UserError(f"{path} predicts {count} joints: say with --joints which data set's they are")
-    require_trained_on(name, checkpoint, path)
-    return network_from(checkpoint, path, DATASETS[name].joint_number), name
 
 
 def main(argv=None):

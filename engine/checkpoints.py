@@ -1,37 +1,23 @@
-"""Seeds, devices and checkpoint files."""
+"""Seeds, devices, and checkpoint files: written whole, read without running anything in them."""
 
 import io
 import os
 import pickle
 import random
-import struct
+import re
 import zipfile
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from datasets import DATASETS
+from model import PixelwiseRegression
 from utils import UserError, atomic_path, require_file
 
-# What torch and zipfile raise at a file whose bytes were changed.
-DAMAGE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-    OSError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-)
+# What DataParallel and torch.compile put before the names of weights.
+WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
 
 
 @contextmanager
@@ -86,13 +72,16 @@ def load_checkpoint(path, needed=("state_dict", "model_param")):
     path = Path(path)
     require_file(path, "train first, or name a checkpoint that exists")
     try:
-        _verify(path)
+        if zipfile.is_zipfile(path):  # torch itself does not compare the checksums; its old format has none
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is no checkpoint, or holds more than weights and was refused unread"
         ) from error
-    except DAMAGE as error:
+    except Exception as error:  # torch and zipfile raise errors of any kind at changed bytes
         raise UserError(
             f"{path} is damaged ({' '.join(str(error).split())[:80] or 'empty'}): copy or train it again"
         ) from error
@@ -102,14 +91,59 @@ def load_checkpoint(path, needed=("state_dict", "model_param")):
     return checkpoint
 
 
-def _verify(path):
-    """Compare a checkpoint's weights with their checksums, which torch does not; raise one of DAMAGE."""
-    if not zipfile.is_zipfile(path):
-        return  # written by an old torch, without checksums
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+def load_network(path, dataset=None):
+    """Return the network of a published or own checkpoint file, on the CPU and ready to predict.
+
+    `dataset` names the data set whose joints it must predict. Without it the checkpoint says which, or the
+    number of joints, or the file's name (MSRA_default_final.pt); either way it is `network.dataset` then.
+    Raises UserError where the file is damaged, is another network's or data set's, or has weights that are
+    not finite.
+    """
+    path = Path(path)
+    checkpoint = load_checkpoint(path)
+    try:
+        weights = {WRAPPERS.sub("", name): value for name, value in checkpoint["state_dict"].items()}
+        joints = len(weights["stages.0.plane_regression.conv.9.bias"])
+        _check_size(weights, checkpoint["model_param"])
+        network = PixelwiseRegression(joints, **checkpoint["model_param"])
+        network.load_state_dict(weights)
+    except Exception as error:  # anything may stand in the place of weights and sizes
+        raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:120]}") from error
+    bad = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+    if bad:
+        raise UserError(f"{path} holds weights that are not finite ({bad}): take an earlier epoch")
+    network.dataset = _dataset_of(checkpoint, path, joints, dataset)
+    return network.eval()
+
+
+def _check_size(weights, param):
+    """Raise ValueError where `model_param` is not that of the weights: it might ask for all memory."""
+    sizes = {
+        "features": len(weights["stages.0.conv.weight"]),
+        "label_size": weights["stages.0.plane_regression.filter"].shape[-1],
+        "kernel_size": weights["conv.0.weight"].shape[-1],
+    }
+    wrong = [f"{name} {param[name]}" for name, size in sizes.items() if param.get(name, size) != size]
+    if param["stage"] * (param["level"] + 1) > len(weights):
+        wrong.append(f"stage {param['stage']} and level {param['level']}")
+    if wrong:
+        raise ValueError(f"the weights are not those of {', '.join(wrong)}")
+
+
+def _dataset_of(checkpoint, path, joints, dataset):
+    """Return the name of the data set whose joints a checkpoint has. Raises UserError, as `load_network`."""
+    says = checkpoint.get("dataset")
+    fitting = [name for name, cls in DATASETS.items() if cls.joint_number == joints]
+    named = path.name.partition("_")[0]
+    name = dataset or says or (fitting[0] if len(fitting) == 1 else named)
+    if name not in DATASETS:
+        raise UserError(f"{path} predicts {joints} joints: say with --joints which data set's they are")
+    if says and says != name:
+        raise UserError(f"{path} was trained on {says}, whose joints are not those of {name}")
+    if name not in fitting:
+        needed = DATASETS[name].joint_number
+        raise UserError(f"{path} predicts {joints} joints, {name} has {needed}")
+    return name
 
 
 def random_states():

@@ -64,52 +64,43 @@ def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
     def forward(img, label_img, mask):
         nonlocal run
         inputs = [x.to(memory_format=torch.channels_last) for x in (img, label_img, mask)]
-        if run is None:
-            run = at_float32(network)
-            exact = last_stage(run, inputs)
-            for make in ways(network, inputs, frames):
-                try:
-                    faster = make()
-                    if moved_mm(exact.uvd, last_stage(faster, inputs).uvd) < tolerance_mm:
-                        run = faster
-                        break
-                except RuntimeError as error:  # no compiler, no Python.h, no Triton
-                    reason = str(error).strip().split("\n")[0][:80]
-                    tqdm.write(f"warning: a faster way was passed over: {type(error).__name__} ({reason})")
-            return exact
-        return last_stage(run, inputs)
+        if run is not None:
+            return last_stage(run, inputs)
+        # TF32 is how torch by itself rounds what a GPU's convolutions read.
+        run = within(lambda: torch.backends.cudnn.flags(enabled=True, allow_tf32=False), network)
+        exact = last_stage(run, inputs)
+        for make in faster_forwards(network, inputs, frames):
+            try:
+                faster = make()
+                if moved_mm(exact.uvd, last_stage(faster, inputs).uvd) < tolerance_mm:
+                    run = faster
+                    break
+            except RuntimeError as error:  # no compiler, no Python.h, no Triton
+                reason = str(error).strip().split("\n")[0][:80]
+                tqdm.write(f"warning: a faster way was passed over: {type(error).__name__} ({reason})")
+        return exact
 
     return forward
 
 
-def ways(network, inputs, frames):
+def faster_forwards(network, inputs, frames):
     """Return functions that make what may run faster than the network on so many frames, fastest first."""
     device = inputs[0].device
-    repaid = frames >= COMPILE_FRAMES[device.type]
-    if repaid:
+    compiling = frames >= COMPILE_FRAMES[device.type]
+    if compiling:
         tqdm.write(f"compiling the network, which {frames} frames repay")
-    fast = cache(lambda: compile_for(network, inputs) if repaid else network)
+    fast = cache(lambda: compile_for(network, inputs) if compiling else network)
     if device.type == "cpu":
-        return [fast] * repaid
-    half = [lambda: at_bfloat16(fast())] * (torch.cuda.get_device_capability(device) >= (8, 0))
-    return [*half, fast]  # the last in TF32, which is how torch runs convolutions by itself
+        return [fast] * compiling
+    half = lambda: within(lambda: torch.autocast(device.type, torch.bfloat16), fast())  # noqa: E731
+    return [half, fast] if torch.cuda.get_device_capability(device) >= (8, 0) else [fast]
 
 
-def at_float32(network):
-    """Return a function that runs the network without rounding what a GPU's convolutions read to TF32."""
-
-    def forward(*inputs):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return network(*inputs)
-
-    return forward
-
-
-def at_bfloat16(network):
-    """Return a function that runs the network under autocast."""
+def within(context, network):
+    """Return a function that runs the network within a context that context() makes."""
 
     def forward(*inputs):
-        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+        with context():
             return network(*inputs)
 
     return forward

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine import distributed
-from engine.checkpoints import DAMAGE, load_checkpoint, random_states, restore_random_states, save_checkpoint
+from engine.checkpoints import load_checkpoint, random_states, restore_random_states, save_checkpoint
 from engine.loops import REPORT_STEPS, Progress
 from frames.drawing import write_curves
 from utils import Stopped, UserError, atomic_path
@@ -186,7 +186,7 @@ class RunState:
             self.epoch, self.records = saved["epoch"], saved["records"]
             self.progress = Progress(**saved["progress"])
             restore_random_states(saved["random"])
-        except DAMAGE as error:
+        except Exception as error:  # anything may stand in a changed file
             path, reason = checkpoint_path(self.run, "last"), " ".join(str(error).split())[:120]
             raise UserError(f"{path} does not fit this run: {reason}") from error
         if saved["index"] != self.provenance["index"] and distributed.is_main():
@@ -263,7 +263,7 @@ def load_state(args):
     saved = load_checkpoint(path, STATE_KEYS)
     try:
         _check_state(**{key: saved[key] for key in ("epoch", "seed", "options", "progress", "records")})
-    except DAMAGE as error:
+    except Exception as error:  # anything may stand in a changed file
         raise UserError(f"{path} is no state of a run ({error}): train anew without --resume") from None
     if saved["epoch"] >= args.epoch:
         print(f"{path} has all of its {saved['epoch']} epochs: nothing is left to train")
@@ -280,7 +280,7 @@ def load_state(args):
 
 
 def _check_state(epoch, seed, options, progress, records):
-    """Raise one of DAMAGE where saved values cannot be those of a run."""
+    """Raise an error where saved values cannot be those of a run."""
     if not isinstance(options, dict) or not 0 <= seed < 2**32 or epoch != len(records):
         raise ValueError("its options, seed or epoch are none")
     progress = asdict(Progress(**progress))

@@ -9,53 +9,13 @@ from tqdm import tqdm
 
 from datasets import DATASETS, MSRADataset, test_labels_uvd
 from engine.batches import batches_of, ending_workers, make_loader, to_device
-from engine.checkpoints import load_checkpoint, resolve_device, torch_errors_explained
+from engine.checkpoints import load_network, resolve_device, torch_errors_explained
 from engine.inference import prepare
 from engine.metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
 from engine.state import checkpoint_path, run_name
 from engine.training import folds
 from frames.files import FrameError
-from model import from_checkpoint
 from utils import UserError, atomic_path
-
-
-def require_trained_on(dataset, checkpoint, path):
-    """Raise UserError where a checkpoint, read from `path`, says that another data set's joints are its."""
-    says = checkpoint.get("dataset") or dataset
-    if says != dataset:
-        raise UserError(f"{path} was trained on {says}, whose joints are not those of {dataset}")
-
-
-def load_network(path, joints):
-    """Build the network of a checkpoint file. Raises UserError where it is damaged or has other joints."""
-    return network_from(load_checkpoint(path), path, joints)
-
-
-def network_from(checkpoint, path, joints):
-    """Build the network of a checkpoint read from `path`. Raises UserError as `load_network` does."""
-    try:
-        _check_size(checkpoint)
-        network = from_checkpoint(checkpoint)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:120]}") from error
-    if network.joints != joints:
-        raise UserError(f"{path} predicts {network.joints} joints, this data set has {joints}")
-    return network
-
-
-def _check_size(checkpoint):
-    """Raise ValueError where `model_param` is not that of the weights: it might ask for all memory."""
-    param, weights = checkpoint["model_param"], checkpoint["state_dict"]
-    sizes = {
-        "features": len(weights["stages.0.conv.weight"]),
-        "label_size": weights["stages.0.plane_regression.filter"].shape[-1],
-        "kernel_size": weights["conv.0.weight"].shape[-1],
-    }
-    wrong = [f"{name} {param[name]}" for name, size in sizes.items() if param.get(name, size) != size]
-    if param["stage"] * (param["level"] + 1) > len(weights):
-        wrong.append(f"stage {param['stage']} and level {param['level']}")
-    if wrong:
-        raise ValueError(f"the weights are not those of {', '.join(wrong)}")
 
 
 def predict(network, dataset, args, device):
@@ -88,10 +48,7 @@ def test(args):
     cls, run = DATASETS[args.dataset], run_name(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("test.py and test_msra.py run in one process: leave torchrun out")
-    path = args.model or checkpoint_path(run, args.seed)
-    checkpoint = load_checkpoint(path)
-    require_trained_on(args.dataset, checkpoint, path)
-    network = network_from(checkpoint, path, cls.joint_number)
+    network = load_network(args.model or checkpoint_path(run, args.seed), args.dataset)
     label_size = network.param["label_size"]
     fold = {"subject": args.subject} if cls is MSRADataset else {}
     dataset = cls(

@@ -511,7 +511,7 @@ def test_checkpoint_that_would_run_code_is_refused_unrun(legacy, fresh_indexed, 
 def test_checkpoint_of_other_joints_is_refused(fresh_indexed, script):
     fresh_indexed("ICVL")
     done = use_checkpoint(script, CHECKPOINT.read_bytes(), "ICVL")
-    assert_one_clear_line(done, "damaged.pt predicts 14 joints, this data set has 16")
+    assert_one_clear_line(done, "damaged.pt predicts 14 joints, ICVL has 16")
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,11 @@ import torch
 
 from annotations import build_cache, build_index, sources
 from datasets import DATASETS
-from engine import testing as runs
-from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine import checkpoints
+from engine.checkpoints import load_checkpoint, load_network, save_checkpoint
 from engine.loops import Progress
 from engine.options import parse_train
 from engine.state import RunState, load_state
-from engine.testing import load_network
 from engine.training import build_network, open_splits
 from frames import cache
 from frames.files import FrameError
@@ -189,7 +188,7 @@ def read_annotations(name, root, outcomes):
 
 
 def read_weights(_, root, outcomes):
-    load_network(root / "network.pt", 14)
+    load_network(root / "network.pt", "NYU")
     outcomes["network"] += 1
 
 
@@ -378,14 +377,14 @@ def with_parameters(path, **change):
     ],
 )
 def test_network_of_absurd_size_is_refused_before_it_is_built(change, prepared, monkeypatch):
-    def build(_):
+    def build(*_, **__):
         raise AssertionError("would take all memory")
 
-    monkeypatch.setattr(runs, "from_checkpoint", build)
+    monkeypatch.setattr(checkpoints, "PixelwiseRegression", build)
     path = prepared("NYU") / "network.pt"
     with_parameters(path, **change)
     with pytest.raises(UserError, match="does not fit this network: the weights are not those of"):
-        load_network(path, 14)
+        load_network(path, "NYU")
 
 
 @pytest.mark.parametrize("change", [{"stage": float("nan")}, {"stage": "2"}, {"level": None}, {"width": 3}])
@@ -393,7 +392,7 @@ def test_network_of_no_size_is_refused(change, prepared):
     path = prepared("NYU") / "network.pt"
     with_parameters(path, **change)
     with pytest.raises(UserError, match="does not fit this network"):
-        load_network(path, 14)
+        load_network(path, "NYU")
 
 
 def test_damaged_cache_serves_the_samples_of_the_files(prepared):

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine.checkpoints import load_checkpoint, load_network, save_checkpoint
 from model import (
     DepthRegression,
     PixelwiseRegression,
     PlaneRegression,
     StageOutput,
-    from_checkpoint,
     losses,
     spatial_form,
 )
+from utils import UserError
 
 
 def small_network(joints=3, **options):
@@ -44,11 +44,10 @@ def relative_error(found, wanted):
 # Published checkpoints
 
 
-@pytest.mark.parametrize("name", ["instance_softmax", "batch_sum"])
-def test_published_checkpoint_gives_its_golden_outputs(name):
+@pytest.mark.parametrize("name, dataset", [("instance_softmax", "NYU"), ("batch_sum", "MSRA")])
+def test_published_checkpoint_gives_its_golden_outputs(name, dataset):
     wanted = expected(f"{name}_io")
-    checkpoint = torch.load(GOLDEN / "expected" / f"{name}.pt", weights_only=True)
-    network = from_checkpoint(checkpoint).double().eval()
+    network = load_network(GOLDEN / "expected" / f"{name}.pt", dataset).double()
     assert network.joints == wanted["joints"]
     with torch.no_grad():
         outputs = network(*(torch.from_numpy(wanted[k]).double() for k in ("img", "label_img", "mask")))
@@ -69,15 +68,44 @@ def test_own_weights_have_exactly_the_published_names_and_shapes(name):
 
 
 def test_checkpoint_round_trip_restores_network_and_outputs(tmp_path):
-    network = small_network(joints=4, heatmap_method="sum").eval()
+    network = small_network(joints=16, heatmap_method="sum").eval()
     path = tmp_path / "network.pt"
     save_checkpoint(path, {"state_dict": network.state_dict(), "seed": 5, "model_param": network.param})
-    checkpoint = load_checkpoint(path)
-    again = from_checkpoint(checkpoint).eval()
-    assert checkpoint["seed"] == 5 and again.joints == 4 and again.param == network.param
+    again = load_network(path)
+    assert load_checkpoint(path)["seed"] == 5
+    assert (again.joints, again.dataset, again.param) == (16, "ICVL", network.param)
     with torch.no_grad():
         for before, after in zip(network(*inputs()), again(*inputs())):
             assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_wrappers_put_before_weights_are_taken_off(prefix, tmp_path):
+    network, path = small_network(joints=14), tmp_path / "best.pt"
+    weights = {prefix + name: value for name, value in network.state_dict().items()}
+    save_checkpoint(path, {"state_dict": weights, "model_param": network.param})
+    again = load_network(path)
+    assert again.dataset == "NYU"
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    network, path = small_network(joints=14), tmp_path / "NYU_nan.pt"
+    with torch.no_grad():
+        network.stages[1].conv.bias[3] = value
+    save_checkpoint(path, {"state_dict": network.state_dict(), "model_param": network.param})
+    with pytest.raises(UserError, match=r"not finite \(stages.1.conv.bias\): take an earlier epoch"):
+        load_network(path)
+
+
+def test_a_checkpoint_of_21_joints_does_not_say_whose_they_are(tmp_path):
+    network = small_network(joints=21)
+    for name in ("best.pt", "MSRA_default_final.pt"):
+        save_checkpoint(tmp_path / name, {"state_dict": network.state_dict(), "model_param": network.param})
+    with pytest.raises(UserError, match="predicts 21 joints: say with --joints"):
+        load_network(tmp_path / "best.pt")
+    assert load_network(tmp_path / "MSRA_default_final.pt").dataset == "MSRA"
 
 
 # Architecture

@@ -14,13 +14,13 @@ import torch
 from conftest import ON_CPU, run_process
 
 from datasets import DATASETS
-from engine.checkpoints import save_checkpoint
+from engine.checkpoints import load_network, save_checkpoint
 from frames.cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
 from frames.drawing import FINGER_COLOURS
 from frames.samples import prepare_crop
 from frames.transforms import Camera, Frame
 from model import PixelwiseRegression, StageOutput
-from predict import HandPose, HandPoseEstimator, _middle, load_model, predict_all
+from predict import HandPose, HandPoseEstimator, _middle, predict_all
 from prediction.output import Gif, draw_views, finger_chains
 from utils import UserError
 
@@ -322,9 +322,9 @@ def test_wrong_options_end_with_status_2(arguments, message, workplace, script):
 
 def test_the_joints_of_an_unnamed_checkpoint_come_from_their_number_or_the_files_name(tmp_path):
     msra = save_network(tmp_path / "MSRA_default_subject0_final.pt")
-    assert load_model(msra, None)[1] == "MSRA"
-    assert load_model(msra, "HAND17")[1] == "HAND17"
-    assert load_model(save_network(tmp_path / "any.pt", joints=16), None)[1] == "ICVL"
+    assert load_network(msra).dataset == "MSRA"
+    assert load_network(msra, "HAND17").dataset == "HAND17"
+    assert load_network(save_network(tmp_path / "any.pt", joints=16)).dataset == "ICVL"
 
 
 @pytest.mark.parametrize(

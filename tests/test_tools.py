@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_predict import save_network
 
-from engine.testing import load_network
+from engine.checkpoints import load_network
 from tools import export, show
 from utils import UserError
 
@@ -29,7 +29,7 @@ def test_an_exported_network_gives_the_same_joints(form, model, crops, tmp_path)
     if form == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    network = export.Decoded(load_network(model, 21).eval())
+    network = export.Decoded(load_network(model))
     inputs = tuple(torch.stack([crops[0][k], crops[1][k]]) for k in range(3))
     path = tmp_path / f"small.{form}"
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_frames_that_cannot_be_read_are_passed_over(indexed, tmp_path):
 
 
 def test_a_network_that_gives_nan_differs(model, crops):
-    network = export.Decoded(load_network(model, 21).eval())
+    network = export.Decoded(load_network(model))
     answers = iter([False, True])
 
     def broken(*inputs):

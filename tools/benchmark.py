@@ -29,12 +29,11 @@ import synthetic
 from annotations import build_cache, build_index, sources
 from datasets import DATASETS
 from engine.batches import EpochSampler, batches_of, make_loader
-from engine.checkpoints import resolve_device
+from engine.checkpoints import load_network, resolve_device
 from engine.inference import COMPILE_FRAMES, moved_mm, prepare
 from engine.loops import train_step
 from engine.options import parse_train
 from engine.state import build_optimizer
-from engine.testing import load_network
 from engine.training import build_network
 from frames.files import read_bytes
 from frames.samples import Sample
@@ -281,7 +280,7 @@ def measure(args):
         batch_sizes = args.batch_sizes or ([32, 64, 128] if device.type == "cuda" else [8])
         yield target_row(device, args.repeats)
         yield from training_rows(device, batch_sizes, args.precisions, args.modes, args.repeats)
-        network = load_network(args.model, JOINTS).to(device) if args.model else plain_network(device)
+        network = load_network(args.model, "HAND17").to(device) if args.model else plain_network(device)
         yield from inference_rows(device, network.eval(), batch_sizes, args.modes, args.repeats)
 
 

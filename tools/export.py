@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from datasets import DATASETS
+from engine.checkpoints import load_network
 from engine.inference import replace_norms
 from frames.files import FrameError
 from frames.samples import UnlabelledSample, prepare_crop
 from frames.transforms import Frame, recover_uvd, uvd2xyz, window_around
-from predict import load_model
 from synthetic import render_frames
 from utils import UserError, atomic_path, run
 
@@ -202,9 +202,9 @@ def parse(argv=None):
 def main(argv=None):
     """Export, check and time as the command line says. Raises UserError where the two disagree."""
     args = parse(argv)
-    network, name = load_model(args.model, args.joints)
-    dataset, path = DATASETS[name], args.out or args.model.with_suffix(f".{args.format}")
-    network = Decoded(network.eval())
+    network = load_network(args.model, args.joints)
+    dataset, path = DATASETS[network.dataset], args.out or args.model.with_suffix(f".{args.format}")
+    network = Decoded(network)
     crops = make_crops(dataset, network.network.param["label_size"], args.crops, args.data_dir)
     batch = 2 if args.batch == "dynamic" else int(args.batch)
     inputs = tuple(torch.stack([crop[k] for crop in (crops * batch)[:batch]]).clone() for k in range(3))
