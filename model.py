@@ -14,6 +14,9 @@ from torch import nn
 # Keeps the two weighted means defined where a heatmap or a mask is empty.
 EPSILON = 1e-14
 
+# Smooth L1 is squared below this difference: 6 mm in the plane of a cube of 300 mm.
+SMOOTH_BELOW = 0.02
+
 
 class StageOutput(NamedTuple):
     """What one stage predicts: heatmaps and depthmaps [B, J, L, L], normalised uvd [B, J, 3]."""
@@ -27,7 +30,8 @@ def _norm(method, features):
     return {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}[method](features, affine=True)
 
 
-def _conv_norm_relu(inputs, outputs, kernel_size, norm_method, stride=1):
+def conv_norm_relu(inputs, outputs, kernel_size, norm_method, stride=1):
+    """Return the three layers as a list."""
     return [
         nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2),
         _norm(norm_method, outputs),
@@ -128,9 +132,18 @@ def at_least_float32(x):
 
 def _regression(joints, features, kernel_size, norm_method):
     layers = [
-        layer for _ in range(3) for layer in _conv_norm_relu(features, features, kernel_size, norm_method)
+        layer for _ in range(3) for layer in conv_norm_relu(features, features, kernel_size, norm_method)
     ]
     return nn.Sequential(*layers, nn.Conv2d(features, joints, kernel_size, padding=kernel_size // 2))
+
+
+def stem(features, kernel_size, norm_method):
+    """Return what leads from img [B, 1, 2L, 2L] to features [B, F, L, L]."""
+    width, layers = 32, conv_norm_relu(1, 32, kernel_size, norm_method)
+    while width < features:
+        inputs, width = width, min(2 * width, features)
+        layers += conv_norm_relu(inputs, width, kernel_size, norm_method)
+    return nn.Sequential(*layers, *conv_norm_relu(width, width, kernel_size, norm_method, stride=2))
 
 
 class PredictionStage(nn.Module):
@@ -185,16 +198,12 @@ class PixelwiseRegression(nn.Module):
             heatmap_method=heatmap_method,
         )
         self.joints = joints
-        _validate(joints, **self.param)
-        width, layers = 32, _conv_norm_relu(1, 32, kernel_size, norm_method)
-        while width < features:
-            inputs, width = width, min(2 * width, features)
-            layers += _conv_norm_relu(inputs, width, kernel_size, norm_method)
-        self.conv = nn.Sequential(*layers, *_conv_norm_relu(width, width, kernel_size, norm_method, stride=2))
+        validate_sizes(joints, **self.param)
+        self.conv = stem(features, kernel_size, norm_method)
         self.stages = nn.ModuleList(
             PredictionStage(
                 joints,
-                2 * joints + 1 if s else width,
+                2 * joints + 1 if s else features,
                 label_size=label_size,
                 features=features,
                 level=level,
@@ -204,9 +213,7 @@ class PixelwiseRegression(nn.Module):
             )
             for s in range(stage)
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_normal_(module.weight)
+        initialise(self)
 
     def forward(self, img, label_img, mask):
         """Return the outputs of all stages."""
@@ -217,7 +224,17 @@ class PixelwiseRegression(nn.Module):
         return outputs
 
 
-def _validate(joints, stage, label_size, features, level, kernel_size, norm_method, heatmap_method):
+def initialise(network):
+    """Draw the weights of all convolutions anew."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_normal_(module.weight)
+
+
+def validate_sizes(
+    joints, stage, label_size, features, level, kernel_size, norm_method, heatmap_method="softmax"
+):
+    """Raise ValueError for a size, norm or heatmap method that no network here can have."""
     for name, value, least in (
         ("joints", joints, 1),
         ("stage", stage, 1),
@@ -296,20 +313,30 @@ def spatial_form(uvd, label_img, mask, kernel_size=7, sigma=1.5):
     return heatmaps.to(uvd.dtype), depthmaps
 
 
-def losses(outputs, uvd, targets=None, alpha=1.0, lambda_h=1.0, lambda_d=0.01):
+def losses(outputs, uvd, targets=None, alpha=1.0, lambda_h=1.0, lambda_d=0.01, coordinate_loss="squared"):
     """Return the weighted loss terms, summed over stages, as a dict of scalars; their sum is the loss.
 
     `uvd` is [B, J, 3] normalised; `targets` = (heatmaps, depthmaps) is needed when alpha < 1.
     alpha 1 is regression on coordinates alone, 0 detection on the maps alone (paper section 3.4).
+    `coordinate_loss` is one of COORDINATE_LOSSES; the paper's is squared.
     """
     terms = {}
     if alpha > 0:
-        terms["coordinate"] = alpha * sum((o.uvd - uvd).square().sum(-1).mean() for o in outputs)
+        distance = COORDINATE_LOSSES[coordinate_loss]
+        terms["coordinate"] = alpha * sum(distance(o.uvd - uvd).sum(-1).mean() for o in outputs)
     if alpha < 1:
         heatmaps, depthmaps = targets
         terms["heatmap"] = (1 - alpha) * lambda_h * sum(_map_loss(o.heatmaps, heatmaps) for o in outputs)
         terms["depthmap"] = (1 - alpha) * lambda_d * sum(_map_loss(o.depthmaps, depthmaps) for o in outputs)
     return terms
+
+
+def _smooth_l1(difference):
+    return F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none", beta=SMOOTH_BELOW)
+
+
+# Of a difference in normalised units, elementwise.
+COORDINATE_LOSSES = {"squared": torch.square, "l1": torch.abs, "smooth_l1": _smooth_l1}
 
 
 def _map_loss(predicted, target):

@@ -9,6 +9,7 @@ import numpy as np
 SHIFT_PX = 5.0
 ROTATION_DEG = 30.0
 SCALE_RANGE = (0.8, 1.2)
+ERASED_EDGE = (0.1, 0.4)  # of an erased rectangle, over the crop's
 
 # A hand so near that its crop exceeds this is a wrong centre, and would not fit in memory.
 MAX_BOX_PX = 4096
@@ -63,12 +64,19 @@ class Frame(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """One explicit augmentation: rotation in degrees, scale, shift of the centre in px, mirror."""
+    """One explicit augmentation: rotation in degrees, scale, shift of the centre in px, mirror.
+
+    Beyond the published ones: shift of the centre in mm (x, y, z), the rectangle that is emptied (left, top,
+    width, height over the crop's edge, or None), noise on what was measured (standard deviation in mm, seed).
+    """
 
     angle_deg: float = 0.0
     scale: float = 1.0
     shift_px: tuple = (0.0, 0.0)
     flip: bool = False
+    shift_mm: tuple = (0.0, 0.0, 0.0)
+    erased: tuple | None = None
+    noise: tuple = (0.0, 0)
 
 
 def xyz2uvd(xyz, camera):
@@ -154,32 +162,68 @@ def resize(image, size):
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-def draw_augmentation(rng, rotation=True, scale=True, shift=True, flip=False):
+def draw_augmentation(
+    rng,
+    rotation=True,
+    scale=True,
+    shift=True,
+    flip=False,
+    *,
+    rotation_deg=ROTATION_DEG,
+    shift_mm=0.0,
+    erasing=0.0,
+    noise_mm=0.0,
+):
     """Draw one Augmentation from `rng`, which has `random()`; a part that is off stays neutral.
 
+    `rotation_deg` is the largest angle, `shift_mm` the largest shift of the centre along each axis, `erasing`
+    the share of crops that lose a rectangle, `noise_mm` the noise's standard deviation.
     Every part consumes its draws also when off, so that switching one leaves the others alike.
     """
     angle, factor, shift_u, shift_v, mirrored = (rng.random() for _ in range(5))
+    *shift_xyz, erased, width, height, left, top, seed = (rng.random() for _ in range(9))
     smallest, largest = SCALE_RANGE
+    edges = [ERASED_EDGE[0] + (ERASED_EDGE[1] - ERASED_EDGE[0]) * edge for edge in (width, height)]
+    corner = [place * (1 - edge) for place, edge in zip((left, top), edges)]
     return Augmentation(
-        ROTATION_DEG * (2 * angle - 1) if rotation else 0.0,
+        rotation_deg * (2 * angle - 1) if rotation else 0.0,
         smallest + (largest - smallest) * factor if scale else 1.0,
         (SHIFT_PX * (2 * shift_u - 1), SHIFT_PX * (2 * shift_v - 1)) if shift else (0.0, 0.0),
         flip and mirrored < 0.5,
+        tuple(shift_mm * (2 * part - 1) for part in shift_xyz) if shift_mm else (0.0, 0.0, 0.0),
+        (*corner, *edges) if erased < erasing else None,
+        (noise_mm, int(seed * 2**32)) if noise_mm else (0.0, 0),
     )
+
+
+def move_center(center_uvd, shift_mm, camera):
+    """Return a centre (uvd) moved by (x, y, z) mm."""
+    if not any(shift_mm):
+        return center_uvd
+    return xyz2uvd(uvd2xyz(center_uvd, camera) + shift_mm, camera)
 
 
 def augment_image(image, augmentation):
-    """Mirror, turn and scale a crop [S, S] about pixel (S // 2, S // 2); relative depths scale too."""
+    """Mirror, turn and scale a crop [S, S] about pixel (S // 2, S // 2); relative depths scale too.
+
+    Then a rectangle is emptied and noise added. The depths are in mm.
+    """
     if augmentation.flip:
         image = np.ascontiguousarray(image[:, ::-1])
-    if augmentation.angle_deg == 0 and augmentation.scale == 1:
-        return image
     size = image.shape[0]
-    matrix = cv2.getRotationMatrix2D((size // 2, size // 2), augmentation.angle_deg, augmentation.scale)
-    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR) * np.float32(
-        augmentation.scale
-    )
+    if augmentation.angle_deg != 0 or augmentation.scale != 1:
+        matrix = cv2.getRotationMatrix2D((size // 2, size // 2), augmentation.angle_deg, augmentation.scale)
+        image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR) * np.float32(
+            augmentation.scale
+        )
+    if augmentation.noise[0]:
+        noise = np.random.default_rng(augmentation.noise[1]).standard_normal(image.shape, np.float32)
+        image = image + noise * np.float32(augmentation.noise[0]) * (image != 0)
+    if augmentation.erased:
+        left, top, width, height = (round(size * part) for part in augmentation.erased)
+        image = image.copy()
+        image[top : top + height, left : left + width] = 0
+    return image
 
 
 def augment_joints(uvd, augmentation):

@@ -317,6 +317,22 @@ def test_regression_needs_no_maps_and_detection_no_coordinates():
     assert list(losses([output], target.uvd, target[:2], alpha=0)) == ["heatmap", "depthmap"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "of_one"),
+    [
+        ("squared", lambda x: x**2),
+        ("l1", abs),
+        ("smooth_l1", lambda x: x**2 / 0.04 if abs(x) < 0.02 else abs(x) - 0.01),
+    ],
+)
+def test_coordinate_losses_are_their_formulas(kind, of_one):
+    torch.manual_seed(0)
+    uvd, predicted = torch.randn(2, 3, 3) / 20, torch.randn(2, 3, 3) / 20
+    terms = losses([StageOutput(None, None, predicted)], uvd, coordinate_loss=kind)
+    expected = sum(of_one(x) for x in (predicted - uvd).flatten().tolist()) / 6
+    assert terms["coordinate"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_default_weights_are_those_of_the_paper():
     output, target = one_stage(1), one_stage(2)
     explicit = losses([output], target.uvd, target[:2], 0.5, 1.0, 0.01)

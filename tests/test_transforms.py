@@ -1,5 +1,7 @@
 """Camera geometry, hand crop and augmentation, against a literal transcription and by their properties."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +21,7 @@ from frames.transforms import (
     draw_augmentation,
     hand_part,
     joints_to_crop,
+    move_center,
     recover_uvd,
     resize,
     uvd2xyz,
@@ -317,3 +320,51 @@ def test_nothing_writes_to_its_input():
     uvd2xyz(xyz2uvd(joints, CAMERA), CAMERA)
     cut_bounding_box(frame, (100, 100, 50, 50))
     center_of_mass(frame)
+
+
+# Beyond the published augmentation
+
+
+def test_erasing_empties_its_rectangle_and_nothing_else():
+    image = np.ones((32, 32), np.float32)
+    erased = augment_image(image, Augmentation(erased=(0.25, 0.5, 0.125, 0.25)))
+    assert not erased[16:24, 8:12].any() and erased.sum() == 32 * 32 - 8 * 4 and image.all()
+
+
+def test_noise_has_its_size_its_seed_and_leaves_what_was_not_measured():
+    image = np.zeros((64, 64), np.float32)
+    image[:32] = 20
+    noisy = augment_image(image, Augmentation(noise=(3.0, 7)))
+    assert noisy.dtype == np.float32 and not noisy[32:].any()
+    assert noisy[:32].mean() == pytest.approx(20, abs=0.3) and noisy[:32].std() == pytest.approx(3, abs=0.2)
+    np.testing.assert_array_equal(noisy, augment_image(image, Augmentation(noise=(3.0, 7))))
+    assert (noisy != augment_image(image, Augmentation(noise=(3.0, 8)))).any()
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(erased=(0, 0, 1, 1)), Augmentation(noise=(9.0, 1))])
+def test_erasing_and_noise_leave_labels_alone(augmentation):
+    uvd = np.random.default_rng(0).normal(size=(21, 3))
+    np.testing.assert_array_equal(augment_joints(uvd, augmentation), uvd)
+
+
+def test_a_centre_moves_by_millimetres_in_space():
+    center_uvd = np.array([30.0, 10, 500])
+    moved = move_center(center_uvd, (10, -20, 30), CAMERA)
+    np.testing.assert_allclose(uvd2xyz(moved, CAMERA) - uvd2xyz(center_uvd, CAMERA), (10, -20, 30))
+    assert move_center(center_uvd, (0.0, 0.0, 0.0), CAMERA) is center_uvd
+
+
+def test_parts_beyond_the_published_ones_are_off_and_leave_their_draws_alone():
+    plain = draw_augmentation(random.Random(1))
+    assert plain.shift_mm == (0, 0, 0) and plain.erased is None and plain.noise == (0, 0)
+    more = dict(rotation_deg=180, shift_mm=20, erasing=1, noise_mm=2)
+    strong = [draw_augmentation(random.Random(seed), **more) for seed in range(300)]
+    assert strong[1][1:4] == plain[1:4] and strong[1].angle_deg == pytest.approx(6 * plain.angle_deg)
+    assert 170 < max(one.angle_deg for one in strong) <= 180
+    shifts = np.array([one.shift_mm for one in strong])
+    assert (np.abs(shifts).max(axis=0) > 19).all() and np.abs(shifts).max() <= 20
+    left, top, width, height = np.array([one.erased for one in strong]).T
+    assert min(left.min(), top.min()) >= 0 and max((left + width).max(), (top + height).max()) <= 1
+    assert len({one.noise for one in strong}) == 300 and strong[0].noise[0] == 2
+    some = [draw_augmentation(random.Random(seed), erasing=0.3).erased for seed in range(1000)]
+    assert sum(erased is not None for erased in some) == pytest.approx(300, abs=60)
