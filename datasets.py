@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from frames.cache import file_digest, line_key, open_cache
+from frames.cameras import PRESETS
 from frames.files import FrameError, LineFile, parse_numbers, read_bin, read_png, unpack_rgb
 from frames.samples import Sample, prepare_crop, to_tensor
 from frames.transforms import (
@@ -397,8 +398,7 @@ class NYUDataset(HandDataset):
     """NYU Hand Pose (Tompson et al. 2014): camera 0, 14 of the 36 joints."""
 
     name = "NYU"
-    camera = Camera(588.037, 587.075, 320, 240)
-    image_size_px = (640, 480)
+    camera, image_size_px = PRESETS["NYU"].camera, PRESETS["NYU"].size_px
     cube_mm = 150.0
     margin_mm = 40.0
     joint_number = 14
@@ -425,8 +425,7 @@ class ICVLDataset(HandDataset):
     """ICVL (Tang et al. 2014): 16 joints, the unrotated training frames."""
 
     name = "ICVL"
-    camera = Camera(241.42, 241.42, 160, 120)
-    image_size_px = (320, 240)
+    camera, image_size_px = PRESETS["ICVL"].camera, PRESETS["ICVL"].size_px
     cube_mm = 125.0
     margin_mm = 30.0
     joint_number = 16
@@ -459,8 +458,7 @@ class MSRADataset(HandDataset):
     """MSRA (Sun et al. 2015): nine subjects, one held out; 21 joints; the hand already cut out."""
 
     name = "MSRA"
-    camera = Camera(241.42, 241.42, 160, 120)
-    image_size_px = (320, 240)
+    camera, image_size_px = PRESETS["MSRA"].camera, PRESETS["MSRA"].size_px
     cube_mm = 125.0
     joint_number = 21
     config = [[0, 17, 18, 19, 20], [0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [0, 9, 10, 11, 12], [0, 13, 14, 15, 16]]
@@ -496,8 +494,7 @@ class HAND17Dataset(HandDataset):
     """HANDS 2017 frame-based task (Yuan et al. 2017): 21 joints, no test labels."""
 
     name = "HAND17"
-    camera = Camera(475.065948, 475.065857, 315.944855, 245.287079)
-    image_size_px = (640, 480)
+    camera, image_size_px = PRESETS["HAND17"].camera, PRESETS["HAND17"].size_px
     cube_mm = 150.0
     margin_mm = 40.0
     joint_number = 21

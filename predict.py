@@ -9,251 +9,22 @@ python predict.py frame.npy --camera camera.yml --model Model/mine.pt --center 3
 
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from datasets import DATASETS, MIN_HAND_PIXELS
-from engine.batches import to_device
-from engine.checkpoints import load_network, resolve_device
-from engine.inference import prepare
 from engine.options import parse_predict
-from frames.cameras import DepthCamera, check_depth, list_frames, parse_camera, read_depth
+from frames.cameras import doubts_about, list_frames, read_depth
 from frames.files import FrameError
-from frames.handfinder import find_center
-from frames.samples import UnlabelledSample, prepare_crop
-from frames.transforms import (
-    Camera,
-    Frame,
-    box_size_px,
-    center_of_mass,
-    cut_bounding_box,
-    recover_uvd,
-    uvd2xyz,
-    window_around,
-)
-from model import grid_position
+from prediction.estimator import HandPose, HandPoseEstimator, no_hand
 from prediction.output import PredictionWriter
-from utils import UserError, run
+from utils import run, say
 
-# A joint's confidence is the share of its heatmap within this distance of it.
-SURE_WITHIN_MM = 15.0
-
-# The surface that the second pass takes for the hand: what lies so near to a joint.
-HAND_AROUND_JOINTS_MM = 25.0
-LEAST_SHARE = 0.3
+__all__ = ["HandPose", "HandPoseEstimator"]
 
 SOME_FAILED = 3
-
-
-class HandPose(NamedTuple):
-    """The joints of one frame, in the order of the model's data set, or why there are none.
-
-    joints_xyz [J, 3] mm (camera frame: x right, y down, z forward); joints_uvd [J, 3] (column px, row
-    px, depth mm); confidence [J], 0 to 1: the share of the joint's heatmap within 15 mm of it;
-    center_uvd [3]: the centre of the crop that was used. `reason` is None where there are joints;
-    where there is no hand it says so and the others are None.
-    """
-
-    joints_xyz: np.ndarray | None
-    joints_uvd: np.ndarray | None
-    confidence: np.ndarray | None
-    center_uvd: np.ndarray | None
-    reason: str | None = None
-
-
-class Place(NamedTuple):
-    """Where a hand is in a frame, as the network sees it (a left hand's frame mirrored).
-
-    `width` is the whole picture's, px; `window` (Rect or None) bounds what may belong to the hand;
-    `found`: nobody said where it is; `crop` is the network's input, once it is cut.
-    """
-
-    frame: Frame
-    width: int
-    camera: Camera
-    center_uvd: np.ndarray
-    window: tuple | None
-    found: bool
-    crop: UnlabelledSample | None = None
-
-
-def no_hand(reason):
-    """Return the HandPose of a frame without a hand."""
-    return HandPose(None, None, None, None, str(reason))
-
-
-class HandPoseEstimator:
-    """The joints of the hand in depth frames of one camera.
-
-        estimator = HandPoseEstimator("Model/HAND17_demo_final.pt", "SR305")
-        pose = estimator(depth_mm)                  # depth_mm: [H, W], uint16 or float, 0: not measured
-        pose.joints_xyz                             # [21, 3] mm
-        poses = estimator.batch([depth_mm, other_mm])
-        pose = estimator(next_mm, near_uvd=pose.center_uvd)    # a sequence: where the hand was last
-
-    `model` is a checkpoint's path (`python demo.py` makes one for trying); `camera` a Camera or what
-    --camera takes (a stored unit other than mm is not applied: give mm). `joints` names the data set
-    whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
-    default to what the checkpoint was trained on. `hand` is right, or left: then frames are mirrored
-    for the network and joints mirrored back. `frames` is how many are to come, if that is known: the
-    network is compiled for long work.
-
-    Raises UserError where the model or camera is of no use.
-    """
-
-    def __init__(
-        self, model, camera="HAND17", *, joints=None, cube_mm=None, hand="right", device="auto", frames=0
-    ):
-        if hand not in ("right", "left"):
-            raise UserError(f"hand must be right or left, not {hand!r}")
-        depth_camera = DepthCamera(camera) if isinstance(camera, Camera) else parse_camera(camera)
-        self.camera, self.size_px = depth_camera.camera, depth_camera.size_px
-        self.device = resolve_device(device)
-        self.model = Path(model)
-        self.network = load_network(self.model, joints)
-        self.dataset = DATASETS[self.network.dataset]
-        self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
-        self._forward = prepare(self.network, self.device, frames)
-
-    def __call__(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
-        """Return the HandPose of one frame, depth [H, W] in mm.
-
-        With `center_uvd` (column px, row px, depth mm) or `bbox` (left, top, width, height; px) the
-        hand is taken to be there, once; else it is found, preferably near `near_uvd`, and cut out
-        anew around the first prediction. Raises ValueError where the frame is no depth picture or not
-        of the camera's size.
-        """
-        return self.batch([depth_mm], [center_uvd], [bbox], [near_uvd])[0]
-
-    def batch(self, frames, centers_uvd=None, bboxes=None, near_uvd=None):
-        """Return a list of HandPose, one for each frame [H, W] in mm; sizes may differ.
-
-        The lists beside `frames` hold what `__call__` takes, None where it is not known.
-        Raises ValueError where a frame is no depth picture.
-        """
-        hints = ([None] * len(frames) if hint is None else hint for hint in (centers_uvd, bboxes, near_uvd))
-        poses = [self._locate(*hint) for hint in zip(frames, *hints, strict=True)]
-        hands = [index for index, place in enumerate(poses) if isinstance(place, Place)]
-        if not hands:
-            return poses
-        places = [poses[index] for index in hands]
-        uvd, confidence = self._predict([place.crop for place in places])
-        again = [k for k, place in enumerate(places) if place.found]
-        for k in again:
-            with suppress(ValueError):  # where no hand can be, the first crop stays
-                places[k] = self._around(places[k], _middle(places[k].crop, uvd[k]))
-        if again:
-            uvd[again], confidence[again] = self._predict([places[k].crop for k in again])
-        for index, *output in zip(hands, places, uvd, confidence):
-            poses[index] = self._pose(*output)
-        return poses
-
-    def crop(self, place):
-        """Return the network's input for a hand at a Place, an UnlabelledSample.
-
-        Raises ValueError where the centre's depth is impossible or nothing was measured around it.
-        """
-        label_size = self.network.param["label_size"]
-        crop = prepare_crop(
-            place.frame,
-            place.center_uvd,
-            self.cube_mm,
-            place.camera,
-            window=place.window,
-            image_size=2 * label_size,
-            label_size=label_size,
-        )
-        if crop.mask.sum() < MIN_HAND_PIXELS:
-            raise ValueError(f"fewer than {MIN_HAND_PIXELS} hand pixels in the crop")
-        return crop
-
-    def _locate(self, depth_mm, center_uvd, bbox, near_uvd):
-        """Return the Place of the hand in a frame, or the HandPose that says that there is none."""
-        depth_mm, camera = check_depth(depth_mm, size_px=self.size_px), self.camera
-        if not depth_mm.any():
-            return no_hand("the frame is empty: no pixel has a depth")
-        if self.hand == "left":
-            width = depth_mm.shape[1]
-            depth_mm = np.ascontiguousarray(depth_mm[:, ::-1])
-            camera = camera._replace(u0=width - 1 - camera.u0)
-            center_uvd, near_uvd = _mirrored(center_uvd, width), _mirrored(near_uvd, width)
-            bbox = None if bbox is None else (width - bbox[0] - bbox[2], *bbox[1:])
-        place = Place(Frame(depth_mm), depth_mm.shape[1], camera, center_uvd, None, False)
-        try:
-            if bbox is not None:
-                frame = cut_bounding_box(place.frame, bbox)
-                place = place._replace(frame=frame, center_uvd=center_of_mass(frame))
-                return place._replace(crop=self.crop(place))
-            if center_uvd is not None:
-                return self._around(place, np.asarray(center_uvd, np.float64))
-            return self._around(place._replace(found=True), find_center(place.frame, camera, near_uvd))
-        except ValueError as error:
-            return no_hand(error)
-
-    def _around(self, place, center_uvd):
-        """Return a Place moved to a centre, with the window that the model's data set lays around it."""
-        box_size_px(center_uvd[2], self.cube_mm, place.camera)
-        window, margin_mm = None, self.dataset.margin_mm
-        if margin_mm is not None:
-            window = window_around(center_uvd, self.cube_mm - margin_mm, place.camera)
-        place = place._replace(center_uvd=center_uvd, window=window)
-        return place._replace(crop=self.crop(place))
-
-    @torch.inference_mode()
-    def _predict(self, crops):
-        """Return normalised joints [B, J, 3] and confidences [B, J] of a list of crops."""
-        samples = to_device(UnlabelledSample(*map(torch.stack, zip(*crops))), self.device)
-        output = self._forward(samples.img, samples.label_img, samples.mask)
-        uvd, heatmaps = output.uvd.float(), output.heatmaps.float()
-        size = heatmaps.shape[-1]
-        pixel = torch.arange(size, device=uvd.device)
-        column, row = grid_position(uvd[..., :2], size)[..., None].unbind(-2)
-        off_px = torch.hypot((row - pixel)[..., :, None], (column - pixel)[..., None, :])  # (B, J, L, L)
-        near = off_px < SURE_WITHIN_MM * (size - 1) / (2 * self.cube_mm)
-        return uvd.cpu().numpy(), (heatmaps * near).sum((-2, -1)).cpu().numpy()
-
-    def _pose(self, place, uvd, confidence):
-        """Return the HandPose of a crop's normalised joints; a left hand is mirrored back."""
-        crop = place.crop
-        joints_uvd = recover_uvd(uvd, float(crop.box_size), float(crop.cube_size), crop.com.numpy())
-        joints_xyz, center_uvd = uvd2xyz(joints_uvd, place.camera), place.center_uvd
-        if self.hand == "left":
-            joints_xyz = joints_xyz * (-1, 1, 1)
-            joints_uvd, center_uvd = (_mirrored(uvd, place.width) for uvd in (joints_uvd, center_uvd))
-        return HandPose(joints_xyz, joints_uvd, confidence, center_uvd)
-
-
-def _mirrored(uvd, width):
-    """Return points [..., 3] (column, row, depth) of a picture mirrored left to right; None stays None."""
-    return None if uvd is None else np.asarray(uvd) * (-1, 1, 1) + (width - 1, 0, 0)
-
-
-def _middle(crop, uvd):
-    """Return the middle (uvd) of the surface that lies around the joints predicted in a crop.
-
-    Without the arm, that is. Where they lie beside what was measured, the crop's own centre is kept.
-    """
-    cube_mm, size = float(crop.cube_size), crop.mask.shape[-1]
-    rows, columns = np.nonzero(crop.mask[0].numpy())
-    columns, rows = ((index - size // 2) / (size - 1) for index in (columns, rows))
-    surface = np.stack([columns, rows, crop.label_img[0].numpy()[crop.mask[0].numpy() > 0]], axis=-1)
-    millimetres = np.array([2 * cube_mm, 2 * cube_mm, cube_mm])
-    apart_mm = np.linalg.norm((surface[:, None] - uvd) * millimetres, axis=-1).min(1)
-    hand = apart_mm < HAND_AROUND_JOINTS_MM
-    if hand.sum() < LEAST_SHARE * len(surface) or not hand.any():
-        return crop.com.numpy().astype(np.float64)
-    middle = surface[hand].mean(0, keepdims=True)
-    return recover_uvd(middle, float(crop.box_size), cube_mm, crop.com.numpy())[0]
 
 
 def main(argv=None):
     """Predict as the command line says; return the exit status."""
     args = parse_predict(argv)
-    hint = {"center_uvd": args.center, "bbox": args.bbox}
     sequences = [list_frames(path) if path.is_dir() else [path] for path in args.input]
     total = sum(map(len, sequences))
     estimator = HandPoseEstimator(
@@ -265,33 +36,47 @@ def main(argv=None):
         device=args.device,
         frames=total,
     )
-    with PredictionWriter(args.out, estimator, args.camera, total, args.video, args.plot3d) as writer:
-        good = predict_all(estimator, args.camera, sequences, hint, writer)
+    pictures = {
+        "pictures": args.pictures,
+        "video": args.video if total > 1 else "none",
+        "plot3d": args.plot3d,
+    }
+    with PredictionWriter(args.out, estimator, args.camera, sequences, **pictures) as writer:
+        good = predict_all(estimator, args.camera, sequences, (args.center, args.bbox), writer)
     if good == total:
         return 0
     return SOME_FAILED if good else 1
 
 
 def predict_all(estimator, depth_camera, sequences, hint, writer):
-    """Predict sequences (lists of files) frame by frame; return how many frames have joints."""
-    good, seconds, total = 0, 0.0, sum(map(len, sequences))
+    """Predict sequences (lists of files) frame by frame; return how many frames have joints.
+
+    `hint` is (centre uvd, box), both for every frame, None where not known.
+    """
+    good, count, seconds, asked = 0, 0, 0.0, set()
     for files in sequences:
         near_uvd = None
         for path in files:
             started, depth_mm = time.perf_counter(), None
             try:
                 depth_mm = read_depth(path, depth_camera)
-                pose = estimator(depth_mm, **hint, near_uvd=near_uvd)
+                for doubt in doubts_about(depth_camera, depth_mm.shape[::-1]):
+                    if doubt not in asked:
+                        say(f"warning: {doubt}", sys.stderr)
+                    asked.add(doubt)
+                pose = estimator(depth_mm, *hint, near_uvd)
             except FrameError as error:
                 pose = no_hand(error.reason)
+            except ValueError as error:
+                pose = no_hand(error)
             seconds += time.perf_counter() - started
             if pose.reason:
-                print(f"warning: {path}: {pose.reason}", file=sys.stderr)
-            good, near_uvd = good + (pose.reason is None), pose.center_uvd
+                say(f"warning: {path}: {pose.reason}", sys.stderr)
+            good, count, near_uvd = good + (pose.reason is None), count + 1, pose.center_uvd
             writer.write(path, depth_mm, pose)
-    speed = f", {total / seconds:.1f} frames a second on {estimator.device}" if good else ""
-    print(f"{good} of {total} frames have joints{speed}")
-    print(f"{writer.out}: {', '.join(writer.names)}")
+    speed = f", {count / seconds:.1f} frames a second on {estimator.device}" if good else ""
+    say(f"{good} of {count} frames have joints{speed}")
+    say(f"{writer.out}: {', '.join(writer.names)}")
     return good
 
 

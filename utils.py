@@ -55,6 +55,16 @@ def run(main):
         signal.signal(signal.SIGTERM, before)
 
 
+def say(text, stream=None):
+    """Print a line, by default to standard output; where nobody reads it any more, go on in silence."""
+    stream = stream or sys.stdout
+    try:
+        text = text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8")
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:  # `... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the flush at exit fails again
+
+
 @contextmanager
 def signals_held():
     """Hold Ctrl-C and SIGTERM back: what they raise amid a fork is lost, and amid a lock's release an error.

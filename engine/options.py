@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from datasets import DATASETS, MSRADataset
-from frames.cameras import PRESETS, parse_camera, parse_numbers
+from frames.cameras import PRESETS, parse_camera, split_numbers
 from utils import UserError, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
@@ -51,15 +51,15 @@ def parse_predict(argv=None):
     parser = argparse.ArgumentParser(
         usage="%(prog)s INPUT [INPUT ...] --camera CAMERA --model FILE [options]",
         description="Find the hand in depth frames and predict its joints.",
-        epilog="Exit status: 0 every frame has joints, 3 some have none (the JSON says why), 1 none has, or "
-        "the model or a folder cannot be used, 2 wrong options.",
+        epilog="Exit status: 0 every frame has joints, 3 some have none (predictions.jsonl says why), "
+        "1 none has, or the model or a folder cannot be used, 2 wrong options.",
     )
     parser.add_argument(
         "input",
         nargs="+",
         type=Path,
-        help="16-bit or NYU-style PNG, TIFF, .npy, MSRA .bin, or a folder of them: a sequence in the "
-        "order of the numbers in their names",
+        help="16-bit PNG, TIFF, .npy, MSRA .bin, with --camera NYU its colour PNG, or a folder of them: a "
+        "sequence in the order of the numbers in their names",
     )
     _add_camera(parser)
     _add_model(parser)
@@ -165,7 +165,8 @@ def _add_camera(parser):
         "--camera",
         required=True,
         metavar="FX,FY,U0,V0",
-        help=f"px; or a YAML file with fx, fy, u0, v0; or one of {', '.join(PRESETS)}",
+        help="px; or a camera file (YAML or JSON, also of RealSense, Open3D, ROS; docs/camera.md); or one of "
+        f"{', '.join(PRESETS)}, which hold for the depth stream itself, not for depth aligned to colour",
     )
     group.add_argument(
         "--depth_unit",
@@ -197,7 +198,12 @@ def _add_hand(parser):
         metavar="L,T,W,H",
         help="the box that holds it: left, top, width, height, px; where L is negative --bbox=L,T,W,H",
     )
-    group.add_argument("--hand", choices=("right", "left"), default="right")
+    group.add_argument(
+        "--hand",
+        choices=("right", "left"),
+        default="right",
+        help="a mirrored right hand is a left one",
+    )
 
 
 def _add_output(parser):
@@ -205,6 +211,7 @@ def _add_output(parser):
     group.add_argument(
         "--out", type=Path, default=Path("Result/predict"), help="folder (default: %(default)s)"
     )
+    _add_switch(group, "--pictures", "overlays and film; without, a sequence goes faster", default=True)
     group.add_argument("--plot3d", action="store_true", help="also picture the points from two sides")
     group.add_argument(
         "--video",
@@ -214,8 +221,8 @@ def _add_output(parser):
     )
 
 
-def _add_switch(group, name, text):
-    group.add_argument(name, action=argparse.BooleanOptionalAction, default=False, help=text)
+def _add_switch(group, name, text, default=False):
+    group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
 
 
 def _subject(text):
@@ -286,7 +293,7 @@ def _read_numbers(args):
     args.camera = parse_camera(args.camera)
     if args.depth_unit is not None:
         args.camera = args.camera._replace(unit_mm=args.depth_unit)
-    args.center = args.center and parse_numbers(args.center, 3, "--center")
-    args.bbox = args.bbox and parse_numbers(args.bbox, 4, "--bbox")
+    args.center = args.center and split_numbers(args.center, 3, "--center")
+    args.bbox = args.bbox and split_numbers(args.bbox, 4, "--bbox")
     if args.bbox and min(args.bbox[2:]) <= 0:
         raise UserError(f"--bbox {args.bbox}: width and height must be above 0")

@@ -1,9 +1,10 @@
-"""Writing what predict.py found, frame by frame: JSON, CSV, overlays, a film, views from two sides."""
+"""Writing what predict.py found, frame by frame: JSON lines, CSV, overlays, a film, views from two sides."""
 
 import csv
 import json
 import os
-from contextlib import ExitStack
+import re
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -11,9 +12,13 @@ import numpy as np
 
 from frames.drawing import draw_skeleton, write_picture
 from frames.transforms import Rect, uvd2xyz, window_around
-from utils import UserError, atomic_path
+from utils import UserError
 
-VERSION = 1
+FORMAT, VERSION = "hand pose", 2
+
+# What a run may list as made by it, and the next one remove.
+OWN_PICTURE = re.compile(r"(overlay|views)/[0-9]{6,}_[^/\\]*\.png|film\.(mp4|gif)")
+
 FILM_FPS = 15
 GIF_FRAMES = 100
 GIF_WIDTH_PX = 320
@@ -21,62 +26,64 @@ MOST_POINTS = 4000
 
 
 class PredictionWriter:
-    """A folder of results, written while frames come, so that memory does not grow with them.
+    """A folder of results, each written as its frame comes: what was written stays, however the run ends.
 
-    predictions.json: `format`, `version` (1), `model`, `joints` (the data set whose joint order it
-    is), `hand`, `cube_mm`, `camera`, `depth_unit_mm`, `chains` (joint indices from the palm outwards:
-    thumb to little finger; NYU's sixth is the wrist), and `frames`, one line each: `frame` (its file),
-    `joints` ([J]: `xyz` mm, `uvd` px px mm, `confidence` 0..1) or null, `center_uvd` or null, `reason`
-    (null, or why there are no joints). predictions.csv: a line a joint. overlay/NUMBER_NAME.png, and
-    with `plot3d` views/NUMBER_NAME.png. A sequence of which a frame can be read also makes film.mp4 or
-    film.gif.
+    predictions.jsonl: a first line with `format`, `version` (2), `model`, `joints` (the data set whose joint
+    order it is), `hand`, `cube_mm`, `camera`, `depth_unit_mm`, `chains` (joint indices from the palm
+    outwards: thumb to little finger; NYU's sixth is the wrist) and `film` (its file or null); then a line a
+    frame: `frame` (its file), `joints` ([J]: `xyz` mm, `uvd` px px mm, `confidence` 0..1) or null,
+    `center_uvd` or null, `reason` (null, or why there are no joints), `pictures` (the files made of it).
+    predictions.csv: a line a joint. overlay/NUMBER_NAME.png, with `plot3d` views/NUMBER_NAME.png, and of a
+    sequence film.mp4 or film.gif.
 
-    A context manager: the files take their names, and pictures of an earlier run go, when it ends without
-    an error.
-    Raises UserError where the folder cannot be written.
+    A context manager; when it begins, the pictures that an earlier run's predictions.jsonl lists go.
+    Raises UserError where the folder cannot be written or holds the frames to read.
     """
 
-    def __init__(self, out, estimator, depth_camera, total, video="mp4", plot3d=False):
+    def __init__(self, out, estimator, depth_camera, sequences, pictures=True, video="mp4", plot3d=False):
         self.out, self.estimator, self.depth_camera = Path(out), estimator, depth_camera
-        self.total, self.plot3d, self.count = total, plot3d, 0
-        self.video = video if total > 1 else "none"
+        self.inputs = [path for files in sequences for path in files]
+        self.pictures, self.plot3d, self.count = pictures, plot3d, 0
+        self.film_name = f"film.{video}" if pictures and video != "none" else None
         self.chains = finger_chains(estimator.dataset)
-        self.names = ["prediction.output.json", "prediction.output.csv"]  # of what was written
+        self.names = ["predictions.jsonl", "predictions.csv"]  # of what was written
         self._film = None
 
     def __enter__(self):
-        with ExitStack() as stack:
+        folders = {(self.out / name).resolve() for name in ("overlay", "views")}
+        inside = next((path for path in self.inputs if path.parent.resolve() in folders), None)
+        if inside:
+            raise UserError(f"{inside} lies where --out {self.out} puts pictures: choose another folder")
+        with self._explained(), ExitStack() as stack:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in listed_pictures(self.out):
+                (self.out / name).unlink(missing_ok=True)
+            # What a file's name holds beside UTF-8 is written as it is.
+            options = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
             self._json, self._csv = (
-                stack.enter_context(stack.enter_context(atomic_path(self.out / name)).open("w", newline=""))
-                for name in self.names
+                stack.enter_context((self.out / name).open(**options)) for name in self.names
             )
-            lines = (f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in self._head().items())
-            self._json.write("{\n" + "".join(lines) + ' "frames": [')
             self._table = csv.writer(self._csv)
-            self._table.writerow("frame joint x_mm y_mm z_mm u_px v_px d_mm confidence reason".split())
-            self._began_ns = os.fstat(self._json.fileno()).st_mtime_ns
+            columns = "frame joint x_mm y_mm z_mm u_px v_px d_mm confidence reason".split()
+            self._append(self._head(), [columns])
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error):
-        if error[0] is None:
-            self._json.write("\n ]\n}\n")
-        handled = self._stack.__exit__(*error)
-        if error[0] is None:
-            self._remove_older()
-        return handled
+        with self._explained():
+            return self._stack.__exit__(*error)
 
-    def _remove_older(self):
-        """Remove the pictures and films of an earlier run, which the new files do not speak of."""
-        for pattern in ("overlay/??????_*.png", "views/??????_*.png", "film.mp4", "film.gif"):
-            for path in self.out.glob(pattern):
-                if path.stat().st_mtime_ns < self._began_ns:
-                    path.unlink()
+    @contextmanager
+    def _explained(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.out}: {error.strerror or error}") from error
 
     def _head(self):
         estimator = self.estimator
         return {
-            "format": "hand pose",
+            "format": FORMAT,
             "version": VERSION,
             "model": str(estimator.model),
             "joints": estimator.dataset.name,
@@ -85,40 +92,68 @@ class PredictionWriter:
             "camera": self.depth_camera.camera._asdict(),
             "depth_unit_mm": self.depth_camera.unit_mm,
             "chains": self.chains,
+            "film": self.film_name,
         }
+
+    def _append(self, record, rows):
+        """Write a line of JSON and rows of the table through to their files."""
+        self._json.write(json.dumps(record, allow_nan=False) + "\n")
+        self._table.writerows(rows)
+        self._json.flush()
+        self._csv.flush()
 
     def write(self, path, depth_mm, pose):
         """Add a frame: its file, its depth [H, W] mm (None where it could not be read) and HandPose."""
-        self._json.write(",\n  " if self.count else "\n  ")
-        self._json.write(json.dumps({"frame": str(path), **_record(pose)}))
-        self._table.writerows(_rows(path, pose))
-        if depth_mm is not None:
-            name, camera = f"{self.count:06d}_{Path(path).stem}.png", self.depth_camera.camera
-            picture = draw_overlay(depth_mm, pose, self.chains)
-            self._write_picture("overlay/", name, picture)
-            if self.video != "none":
-                self._add_to_film(picture)
+        pictures = {}
+        if depth_mm is not None and self.pictures:
+            camera, cube_mm = self.depth_camera.camera, self.estimator.cube_mm
+            pictures["overlay"] = draw_overlay(depth_mm, pose, self.chains)
             if self.plot3d and pose.reason is None:
-                views = draw_views(depth_mm, pose, camera, self.estimator.cube_mm, self.chains)
-                self._write_picture("views/", name, views)
+                pictures["views"] = draw_views(depth_mm, pose, camera, cube_mm, self.chains)
+        name = picture_name(self.count, path)
+        files = {f"{folder}/{name}": picture for folder, picture in pictures.items()}
+        with self._explained():
+            # Listed first, so that the next run knows them even where this one is killed.
+            self._append({"frame": str(path), **_record(pose), "pictures": list(files)}, _rows(path, pose))
+            for file, picture in files.items():
+                write_picture(self.out / file, picture)
+                self._announce(file.removesuffix(name))
+            if self.film_name and files:
+                self._add_to_film(pictures["overlay"])
         self.count += 1
-
-    def _write_picture(self, folder, name, picture):
-        write_picture(self.out / folder / name, picture)
-        self._announce(folder)
 
     def _add_to_film(self, picture):
         # Begun with the first picture: where no frame can be read there is no film.
         if self._film is None:
-            name = f"film.{self.video}"
-            path = self._stack.enter_context(atomic_path(self.out / name))
-            self._film = self._stack.enter_context({"mp4": Mp4, "gif": Gif}[self.video](path, self.total))
-            self._announce(name)
+            kind = Gif if self.film_name.endswith("gif") else Mp4
+            self._film = self._stack.enter_context(kind(self.out / self.film_name, len(self.inputs)))
+            self._announce(self.film_name)
         self._film.add(picture)
 
     def _announce(self, name):
         if name not in self.names:
             self.names.append(name)
+
+
+def picture_name(number, path):
+    """Return the name of a frame's picture: its number and as much of its file's name as any disk takes."""
+    stem = os.fsencode(Path(path).stem)[:120].decode("utf-8", "replace").replace("\ufffd", "_")
+    return f"{number:06d}_{stem}.png"
+
+
+def listed_pictures(out):
+    """Return the pictures, as names below the folder `out`, that an earlier run's predictions.jsonl lists."""
+    try:
+        head, *frames = (out / "predictions.jsonl").read_bytes().splitlines()
+        if json.loads(head)["format"] != FORMAT:
+            return []
+        names = [json.loads(head)["film"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # there is none, or it is not a run's
+    for line in frames:
+        with suppress(ValueError, KeyError, TypeError):  # a killed run's last line
+            names += json.loads(line)["pictures"]
+    return [name for name in names if isinstance(name, str) and OWN_PICTURE.fullmatch(name)]
 
 
 def finger_chains(dataset):
@@ -235,7 +270,7 @@ class Gif:
         self.count += 1
 
     def __exit__(self, *error):
-        if self.pictures and error[0] is None:
+        if self.pictures:
             # Pillow comes with matplotlib and only a GIF needs it.
             from PIL import Image
 

@@ -15,12 +15,13 @@ from conftest import ON_CPU, run_process
 
 from datasets import DATASETS
 from engine.checkpoints import load_network, save_checkpoint
-from frames.cameras import PRESETS, check_depth, list_frames, parse_camera, read_depth
+from frames.cameras import PRESETS, DepthCamera, check_depth, list_frames, parse_camera, read_depth
 from frames.drawing import FINGER_COLOURS
 from frames.samples import prepare_crop
 from frames.transforms import Camera, Frame
 from model import PixelwiseRegression, StageOutput
-from predict import HandPose, HandPoseEstimator, _middle, predict_all
+from predict import HandPose, HandPoseEstimator, predict_all
+from prediction.estimator import middle_of_hand
 from prediction.output import Gif, draw_views, finger_chains
 from utils import UserError
 
@@ -82,6 +83,12 @@ def write_png(path, picture):
     return path
 
 
+def read_results(out="Result/predict"):
+    """Return the head and the frames of a folder's predictions.jsonl."""
+    head, *frames = map(json.loads, Path(out, "predictions.jsonl").read_text().splitlines())
+    return head, frames
+
+
 @pytest.mark.parametrize("name", ["NYU", "ICVL", "HAND17"])
 def test_a_data_sets_own_frame_gives_what_test_py_gives(name, fresh_indexed, script):
     root = fresh_indexed(name)
@@ -121,13 +128,13 @@ def test_a_mirrored_frame_of_a_left_hand_gives_mirrored_joints(model, estimator)
 @pytest.mark.parametrize("hand, column", [("right", 300), ("left", 339)])
 def test_the_hand_is_looked_for_where_it_was(hand, column, model, monkeypatch):
     asked = []
-    monkeypatch.setattr("predict.find_center", lambda frame, camera, near: asked.append(near) or CENTER)
+    monkeypatch.setattr("prediction.estimator.find_center", lambda frame, camera, near: asked.append(near) or CENTER)
     HandPoseEstimator(model, CAMERA, hand=hand, device="cpu")(hand_frame(), near_uvd=(300, 200, 490))
     np.testing.assert_array_equal(asked, [(column, 200, 490)])
 
 
 def test_a_second_crop_is_cut_around_the_first_prediction(estimator, monkeypatch):
-    monkeypatch.setattr("predict._middle", lambda crop, uvd: np.array([330.0, 250.0, 505.0]))
+    monkeypatch.setattr("prediction.estimator.middle_of_hand", lambda crop, uvd: np.array([330.0, 250.0, 505.0]))
     np.testing.assert_array_equal(estimator(hand_frame()).center_uvd, (330, 250, 505))
     np.testing.assert_array_equal(estimator(hand_frame(), center_uvd=CENTER).center_uvd, CENTER)
 
@@ -167,21 +174,21 @@ def test_the_script_writes_what_the_call_returns_and_goes_on_after_bad_frames(tm
     assert done.status == 3
     assert done.err.count("warning:") == 3 and "Traceback" not in done.err
     assert "2 of 5 frames have joints" in done.out and "frames a second" in done.out
-    result = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert (result["version"], result["joints"], result["hand"]) == (1, "HAND17", "right")
-    names = [Path(frame["frame"]).stem for frame in result["frames"]]
+    head, frames = read_results(tmp_path / "out")
+    assert (head["version"], head["joints"], head["hand"]) == (2, "HAND17", "right")
+    names = [Path(frame["frame"]).stem for frame in frames]
     assert names == ["depth_1", "depth_2", "depth_3", "depth_4", "depth_10"]
-    assert [frame["joints"] is None for frame in result["frames"]] == [False, True, True, True, False]
-    assert all(frame["reason"] for frame in result["frames"][1:4])
+    assert [frame["joints"] is None for frame in frames] == [False, True, True, True, False]
+    assert all(frame["reason"] for frame in frames[1:4])
     pose = estimator(hand_frame())
-    written = result["frames"][0]["joints"]
+    written = frames[0]["joints"]
     np.testing.assert_allclose([joint["xyz"] for joint in written], pose.joints_xyz, atol=0.01)
     np.testing.assert_allclose([joint["confidence"] for joint in written], pose.confidence, atol=1e-3)
     rows = list(csv.DictReader((tmp_path / "out/predictions.csv").open()))
     columns = [("x_mm", "y_mm", "z_mm"), ("u_px", "v_px", "d_mm")]
     in_table = [[[float(row[name]) for name in names] for names in columns] for row in rows[:21]]
     assert in_table == [[joint["xyz"], joint["uvd"]] for joint in written]
-    assert len(rows) == 2 * 21 + 3 and rows[21]["reason"] == result["frames"][1]["reason"]
+    assert len(rows) == 2 * 21 + 3 and rows[21]["reason"] == frames[1]["reason"]
     overlay = cv2.imread(str(tmp_path / "out/overlay/000000_depth_1.png"))
     assert overlay.shape == (480, 640, 3) and (overlay[..., ::-1] == FINGER_COLOURS[4]).all(-1).any()
     assert cv2.imread(str(tmp_path / "out/views/000004_depth_10.png")).shape == (400, 800, 3)
@@ -207,8 +214,7 @@ def test_options_of_the_script_are_those_of_the_call(
         "predict.py", "frame.png", "--camera", CAMERA_TEXT, "--model", model, "--device", "cpu", *options
     )
     assert done.status == 0, done.err
-    frame = json.loads(Path("Result/predict/predictions.json").read_text())["frames"][0]
-    found = [joint["xyz"] for joint in frame["joints"]]
+    found = [joint["xyz"] for joint in read_results()[1][0]["joints"]]
     plain = HandPoseEstimator(model, CAMERA, device="cpu")(depth).joints_xyz
     same = HandPoseEstimator(model, CAMERA, device="cpu", **keywords)(depth * np.float32(unit_mm), **call)
     np.testing.assert_allclose(found, same.joints_xyz, atol=0.01)
@@ -219,13 +225,13 @@ def test_within_a_sequence_the_last_centre_is_handed_on(tmp_path):
     files = [[write_png(tmp_path / name / f"{k}.png", hand_frame()) for k in (1, 2)] for name in "ab"]
     asked = []
 
-    def estimator(depth_mm, near_uvd):
+    def estimator(depth_mm, center_uvd, bbox, near_uvd):
         asked.append(near_uvd)
         return HandPose(None, None, None, len(asked))
 
     estimator.device = "cpu"
     writer = SimpleNamespace(write=lambda *_: None, out=tmp_path, names=[])
-    assert predict_all(estimator, parse_camera(CAMERA_TEXT), files, {}, writer) == 4
+    assert predict_all(estimator, parse_camera(CAMERA_TEXT), files, (None, None), writer) == 4
     assert asked == [None, 1, None, 3]
 
 
@@ -238,10 +244,10 @@ def test_pictures_of_an_earlier_run_go(workplace, model, script):
     assert script("predict.py", "recording/2.png", *options).status == 0
     kept = sorted(str(path.relative_to("Result/predict")) for path in Path("Result/predict").rglob("*.*"))
     assert kept == [
-        f"overlay/{'000000_2.png'}",
+        "overlay/000000_2.png",
         "overlay/mine.png",
-        "prediction.output.csv",
-        "prediction.output.json",
+        "predictions.csv",
+        "predictions.jsonl",
     ]
     assert mine.exists()
 
@@ -268,9 +274,9 @@ def test_the_script_takes_a_presets_name_and_a_center(tmp_path, model):
     options = ["--camera", "SR305", "--center", "320,240,510", "--model", model, "--device", "cpu"]
     done = run_process("predict.py", frame, *options, cwd=tmp_path)
     assert done.status == 0, done.err
-    result = json.loads((tmp_path / "Result/predict/predictions.json").read_text())
-    assert result["depth_unit_mm"] == 0.125
-    assert result["frames"][0]["center_uvd"] == [320, 240, 510]
+    head, frames = read_results(tmp_path / "Result/predict")
+    assert head["depth_unit_mm"] == 0.125
+    assert frames[0]["center_uvd"] == [320, 240, 510]
     assert not (tmp_path / "Result/predict/film.mp4").exists()
 
 
@@ -333,11 +339,11 @@ def test_the_joints_of_an_unnamed_checkpoint_come_from_their_number_or_the_files
         ("zero.png", np.zeros((480, 640), np.uint16), "the frame is empty"),
         ("grey.png", np.full((480, 640), 90, np.uint8), "found 8-bit grey"),
         ("colour.png", np.full((480, 640, 3), 90, np.uint8), "found 8-bit colour"),
-        ("nan.npy", np.full((480, 640), np.nan), "not finite"),
+        ("nan.npy", np.full((480, 640), np.nan), "no pixel has a depth"),
         ("negative.npy", np.full((480, 640), -1.0), "negative"),
         ("metres.npy", np.full((480, 640), 0.5), "--depth_unit 1000"),
         ("far_metres.npy", np.pad(np.full((80, 80), 0.5), 200, constant_values=25), "--depth_unit 1000"),
-        ("beyond_float32.npy", np.full((480, 640), 1e300), "not finite"),
+        ("beyond_float32.npy", np.full((480, 640), 1e300), "check unit and byte order"),
         ("damaged.npy", b"\x93NUMPY\x01\x00\x06\x00{'a':(", "the array cannot be read"),
         ("stack.npy", np.ones((2, 480, 640)), "expected 16-bit or float depths"),
         ("objects.npy", np.array([None]), "cannot be read"),
@@ -347,7 +353,7 @@ def test_the_joints_of_an_unnamed_checkpoint_come_from_their_number_or_the_files
         ("giant.png", giant("png"), "does not decode"),
         ("giant.tif", giant("tif"), "does not decode"),
         ("absent.png", None, "missing"),
-        ("nothing.png", np.pad(np.full((20, 20), 500, np.uint16), 200), "hand"),
+        ("nothing.png", np.pad(np.full((20, 20), 500, np.uint16), ((220, 240), (300, 320))), "hand"),
     ],
 )
 def test_a_bad_frame_gets_its_reason(name, content, message, workplace, model, script):
@@ -360,8 +366,8 @@ def test_a_bad_frame_gets_its_reason(name, content, message, workplace, model, s
     done = script("predict.py", name, "--camera", CAMERA_TEXT, "--model", model, "--device", "cpu")
     assert done.status == 1
     assert done.err.startswith(f"warning: {name}: ") and done.err.count("\n") == 1 and message in done.err
-    result = json.loads(Path("Result/predict/predictions.json").read_text())
-    assert result["frames"][0]["joints"] is None and message in result["frames"][0]["reason"]
+    frame = read_results()[1][0]
+    assert frame["joints"] is None and message in frame["reason"]
 
 
 def test_a_place_without_a_hand_gets_its_reason(estimator):
@@ -381,7 +387,7 @@ def test_a_place_without_a_hand_gets_its_reason(estimator):
 
 
 def test_a_second_crop_that_cannot_be_leaves_the_first(estimator, monkeypatch):
-    monkeypatch.setattr("predict._middle", lambda crop, uvd: np.array([320.0, 240.0, 1.0]))
+    monkeypatch.setattr("prediction.estimator.middle_of_hand", lambda crop, uvd: np.array([320.0, 240.0, 1.0]))
     assert estimator(hand_frame()).reason is None
 
 
@@ -413,7 +419,8 @@ def test_every_kind_of_file_is_read_to_millimetres(tmp_path, indexed):
         tmp_path / "metres.npy": 1000.0,
     }
     for path, unit_mm in files.items():
-        np.testing.assert_allclose(read_depth(path, millimetres._replace(unit_mm=unit_mm)), depth, atol=1e-3)
+        camera = millimetres._replace(unit_mm=unit_mm, packed=path.stem == "nyu")
+        np.testing.assert_allclose(read_depth(path, camera), depth, atol=1e-3)
     msra = DATASETS["MSRA"](path=indexed("MSRA"), dataset="test", test_only=True)
     whole, part = read_depth(msra.frame_path(0), PRESETS["MSRA"]), msra.read(0)
     assert whole.shape == (240, 320)
@@ -438,7 +445,7 @@ def test_a_frame_of_another_size_than_the_cameras_is_refused(tmp_path, model):
 
 
 def test_presets_look_through_the_middle_of_their_pictures():
-    for name, (camera, _, (width, height)) in PRESETS.items():
+    for name, (camera, _, (width, height), *_) in PRESETS.items():
         assert abs(camera.u0 / width - 0.5) < 0.09 and abs(camera.v0 / height - 0.5) < 0.09, name
 
 
@@ -450,8 +457,8 @@ def test_no_film_is_made_of_frames_that_cannot_be_read(video, workplace, model, 
     done = script("predict.py", "recording", *options)
     assert done.status == 1 and "film" not in done.out
     assert sorted(path.name for path in Path("Result/predict").iterdir()) == [
-        "prediction.output.csv",
-        "prediction.output.json",
+        "predictions.csv",
+        "predictions.jsonl",
     ]
 
 
@@ -463,10 +470,10 @@ def test_chains_go_from_thumb_to_little_finger():
 def test_cameras_come_from_presets_numbers_and_files(tmp_path):
     path = tmp_path / "camera.yml"
     path.write_text("fx: 600\nfy: 601\nu0: 320\nv0: 240\ndepth_unit_mm: 0.25\nwidth: 640\nheight: 480\n")
-    assert parse_camera(path) == (Camera(600, 601, 320, 240), 0.25, (640, 480))
+    assert parse_camera(path) == DepthCamera(Camera(600, 601, 320, 240), 0.25, (640, 480))
     assert parse_camera("kinectv2") is PRESETS["KinectV2"]
     path.write_text("fx: 600\n")
-    with pytest.raises(UserError, match="expected numbers fx, fy, u0 and v0"):
+    with pytest.raises(UserError, match="'fy' is missing"):
         parse_camera(path)
 
 
@@ -490,5 +497,5 @@ def test_second_crop_goes_around_the_surface_near_the_first_prediction():
     depth_mm[100:140, 150:190] = 410
     camera = parse_camera("MSRA").camera
     crop = prepare_crop(Frame(depth_mm), np.array([160, 115, 400]), 125, camera)
-    middle = _middle(crop, np.array([[0.07, 0.03, 0.08]]))
+    middle = middle_of_hand(crop, np.array([[0.07, 0.03, 0.08]]))
     np.testing.assert_allclose(middle, (169.5, 119.5, 410), atol=2)
