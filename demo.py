@@ -106,7 +106,7 @@ def main():
     train_set, test_set = load_or_render()
     options = parse_train("", [*COMMON, *TRAINING])
     train_on_cores([*COMMON, *TRAINING])
-    _, predicted_uvd, _ = test(parse_test("", COMMON))
+    predicted_uvd = test(parse_test("", COMMON)).joints_uvd
     true_xyz = read_joints(DATA / "frame" / "test_annotation.txt", test_set.joint_number)
     errors_mm = {
         "network": joint_errors_mm(test_set.uvd2xyz(predicted_uvd), true_xyz),

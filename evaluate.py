@@ -7,13 +7,14 @@ python evaluate.py --dataset MSRA --subject 3 Result/MSRA_default_subject3.txt
 
 import argparse
 import json
+import re
 import sys
 from array import array
 from pathlib import Path
 
 import numpy as np
 
-from engine.metrics import PROTOCOLS, format_table, joint_errors_mm, success_curve, summarise
+from engine.metrics import PROTOCOLS, format_table, has_joints, measure_errors, success_curve, summarise
 from utils import UserError, atomic_path, require_file, run
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
@@ -36,30 +37,43 @@ def get_parser():
 
 
 def read_joints(path, joints):
-    """Read a text file of joints, a frame a line, as [N, joints, 3] float64 in the file's own units.
+    """Return the joints [N, joints, 3], float64, of a text file as `read_frames` reads it."""
+    return read_frames(path, joints)[0]
 
-    Numbers are separated by blanks, tabs or commas and may follow a file name; blank lines are skipped.
-    Raises UserError when the file is missing or empty and, with the line's number, when a line has another
-    count of numbers or holds something that is not a finite number.
+
+def read_frames(path, joints):
+    """Read a text file of joints, a frame a line: [N, joints, 3] in its own units, and the frames' names.
+
+    Numbers are separated by blanks, tabs or commas and may follow a file name; blank lines are skipped. The
+    names are None where no line has one. Raises UserError when the file is missing or empty and, with the
+    line's number, when a line has another count of numbers, holds something that is not a finite number, or
+    has a name where others have none.
     """
     require_file(path, "give a text file with a frame a line")
-    values = array("d")  # HAND17 has 18 million numbers: no Python object may stay for each
-    # Bytes that are no text are replaced, so that they are reported as tokens that are no numbers.
+    values, names = array("d"), []  # HAND17 has 18 million numbers: no Python object may stay for each
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
+        with path.open("rb") as file:
+            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+        # Bytes that are no text are replaced, so that they are reported as tokens that are no numbers.
+        with path.open(encoding=encoding, errors="replace") as file:
             for number, line in enumerate(file, start=1):
-                tokens = line.replace(",", " ").split()
+                tokens = line.replace(",", " ").replace("\ufeff", " ").split()  # the byte order mark
                 if tokens:
-                    values.extend(_parse_frame(tokens, 3 * joints, f"{path}, line {number}"))
+                    where = f"{path}, line {number}"
+                    name, numbers = _parse_frame(tokens, 3 * joints, where)
+                    values.extend(numbers)
+                    names.append(name)
+                    if (name is None) != (names[0] is None):
+                        raise UserError(f"{where}: give a frame's name in every line, or in none")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if not values:
         raise UserError(f"{path} is empty: give a text file with a frame a line")
-    return np.array(values).reshape(-1, joints, 3)
+    return np.array(values).reshape(-1, joints, 3), None if names[0] is None else names
 
 
 def _parse_frame(tokens, count, where):
-    """Return the `count` numbers of one line's tokens; `where` opens the message of a UserError."""
+    """Return the name (or None) and the `count` numbers of a line; `where` opens a UserError's message."""
     name = None if _is_number(tokens[0]) else tokens[0]
     numbers = tokens if name is None else tokens[1:]
     if len(numbers) != count:
@@ -74,7 +88,7 @@ def _parse_frame(tokens, count, where):
     if not np.isfinite(values).all():
         token = next(token for token in numbers if not np.isfinite(float(token)))
         raise UserError(f"{where}: {token!r} is not finite: give every joint of every frame a place")
-    return values
+    return name, values
 
 
 def _is_number(token):
@@ -87,29 +101,64 @@ def _is_number(token):
 
 
 def read_labels(args):
-    """Return the labels [N, J, 3] that `args` ask for (uvd; HAND17 xyz) and the words that name their source.
+    """Return the labels [N, J, 3] that `args` ask for (uvd; HAND17 xyz), their frames' names, their source.
 
-    Raises UserError when the label file cannot be read, or the data set has no test index or no test labels.
+    The names are None where they have none. Raises UserError when the label file cannot be read or is in
+    another form, or the data set has no test index or no test labels.
     """
+    protocol = PROTOCOLS[args.dataset]
     if args.labels is not None:
-        return read_joints(args.labels, len(PROTOCOLS[args.dataset].joint_names)), str(args.labels)
+        labels, names = read_frames(args.labels, len(protocol.joint_names))
+        protocol.require_form(labels, args.labels)
+        return labels, names, str(args.labels)
     import datasets  # pulls in torch, which files of labels do without
 
     options = {} if args.subject is None else {"subject": args.subject}
     labels = datasets.test_labels_uvd(args.dataset, args.data_dir, **options)
-    return labels, f"the test index of {args.dataset}"
+    return labels, None, f"the test index of {args.dataset}"
 
 
-def measure_errors_mm(path, protocol, labels, source):
-    """Return the joint errors [N, J], mm, of one prediction file against `labels` [N, J, 3].
+def read_predictions(path, protocol, labels, names, source):
+    """Return the joints [N, J, 3] of one prediction file in the order of the labels that `source` names.
 
-    Raises UserError when the file cannot be read or has another count of frames than the labels, which
-    `source` names.
+    Lines are matched by frame names where both files have them. Raises UserError when the file cannot be
+    read, is in another form, or has other frames than the labels.
     """
-    joints = read_joints(path, len(protocol.joint_names))
+    joints, own_names = read_frames(path, len(protocol.joint_names))
+    if own_names is not None and names is not None:
+        joints = joints[match_names(own_names, names, path, source)]
     if len(joints) != len(labels):
         raise UserError(f"{path}: expected {len(labels)} frames, as in {source}, found {len(joints)}")
-    return joint_errors_mm(protocol.to_xyz(joints), protocol.to_xyz(labels))
+    if not (has_joints(joints) & has_joints(labels)).any():
+        raise UserError(f"{path}: no frame of it has joints: all numbers are 0")
+    protocol.require_form(joints, path)
+    return joints
+
+
+def match_names(names, wanted, path, source):
+    """Return, for each frame name `wanted` by `source`, which of the `names` in the lines of `path` it is.
+
+    A frame is known by the end of its path, as much of it as tells the wanted ones apart. Raises UserError
+    at a name that stands twice, is unknown, or is missing.
+    """
+    ends = [tuple(re.split(r"[\\/]", name)) for name in wanted]
+    parts = 1
+    while len({end[-parts:] for end in ends}) < len(ends) and parts < max(map(len, ends)):
+        parts += 1
+    wanted = {end[-parts:]: None for end in ends}
+    if len(wanted) < len(ends):
+        raise UserError(f"{source}: two lines are of one frame")
+    lines = {}
+    for line, name in enumerate(names):
+        end = tuple(re.split(r"[\\/]", name))[-parts:]
+        if end not in wanted or end in lines:
+            problem = f"is not in {source}" if end not in wanted else "stands in two lines"
+            raise UserError(f"{path}: frame {name} {problem}")
+        lines[end] = line
+    missing = next((end for end in wanted if end not in lines), None)
+    if missing:
+        raise UserError(f"{path}: frame {'/'.join(missing)} of {source} is missing")
+    return [lines[end] for end in wanted]
 
 
 def name_files(paths):
@@ -155,16 +204,18 @@ def main(argv=None):
         parser.error("--subject goes with --dataset MSRA and without --labels: it chooses MSRA's own labels")
     if args.plot is not None and args.plot.suffix.lower() not in PLOT_SUFFIXES:
         parser.error(f"--plot {args.plot}: give a name that ends in {', '.join(PLOT_SUFFIXES)}")
-    protocol = PROTOCOLS[args.dataset]
-    labels, source = read_labels(args)
-    errors_mm = {
-        name: measure_errors_mm(path, protocol, labels, source)
-        for name, path in zip(name_files(args.predictions), args.predictions, strict=True)
-    }
-    summaries = {name: summarise(error_mm, protocol.split) for name, error_mm in errors_mm.items()}
+    protocol, summaries, errors_mm = PROTOCOLS[args.dataset], {}, {}
+    labels, frame_names, source = read_labels(args)
+    for name, path in zip(name_files(args.predictions), args.predictions, strict=True):
+        joints = read_predictions(path, protocol, labels, frame_names, source)
+        errors_mm[name], split = measure_errors(protocol, joints, labels)
+        summaries[name] = summarise(errors_mm[name], split)
     title = f"{args.dataset}, {len(labels)} test frames"
     print(title)
     print(format_table(summaries, protocol.joint_names))
+    for name, error_mm in errors_mm.items():
+        if len(error_mm) < len(labels):
+            print(f"{name}: {len(labels) - len(error_mm)} frames have no joints (zeros) and are left out")
     if args.plot is not None:
         plot_errors(args.plot, errors_mm, protocol.joint_names, title)
     if args.json is not None:

@@ -14,7 +14,7 @@ from utils import run
 
 def main():
     """Test as the command line says."""
-    test_and_evaluate(parse_test("Predict the test split of NYU, ICVL or HAND17."))
+    return test_and_evaluate(parse_test("Predict the test split of NYU, ICVL or HAND17."))
 
 
 if __name__ == "__main__":

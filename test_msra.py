@@ -13,7 +13,7 @@ from utils import run
 
 def main():
     """Test each fold that the command line names; merge the results of all nine."""
-    test_and_evaluate(parse_test("Predict MSRA's held-out subjects.", subject=True))
+    return test_and_evaluate(parse_test("Predict MSRA's held-out subjects.", subject=True))
 
 
 if __name__ == "__main__":

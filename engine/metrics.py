@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from frames.transforms import Camera, uvd2xyz
+from frames.transforms import Camera, uvd2xyz, xyz2uvd
+from utils import UserError
 
 WORST_JOINT_LIMITS_MM = (20, 30, 40)
 JOINT_LIMIT_MM = 20
@@ -13,20 +14,46 @@ AUC_LIMIT_MM = 50
 _FINGERS = ("thumb", "index", "middle", "ring", "little")
 
 
+# The depths at which the data sets' hands and those of most cameras are.
+WORKING_DEPTH_MM = (50, 3000)
+
+
 class Protocol(NamedTuple):
     """How published results of one data set are evaluated (source: X. Chen, awesome-hand-pose-estimation).
 
-    camera: turns uvd results into xyz; None where results are xyz already. split: number of frames of the
-    first test part; None where the test set has one part. joint_names: J names in the order of the joints.
+    camera: of the data set's pictures, `size_px` (width, height). is_uvd: results and labels are uvd, not
+    xyz. split: number of frames of the first test part; None where the test set has one part. joint_names:
+    J names in the order of the joints.
     """
 
-    camera: Camera | None
+    camera: Camera
+    size_px: tuple[int, int]
+    is_uvd: bool
     split: int | None
     joint_names: tuple[str, ...]
 
     def to_xyz(self, joints):
         """Turn results or labels [N, J, 3] (uvd; HAND17: xyz, mm) into xyz in the camera frame, mm."""
-        return joints if self.camera is None else uvd2xyz(joints, self.camera)
+        return uvd2xyz(joints, self.camera) if self.is_uvd else joints
+
+    def require_form(self, joints, source):
+        """Raise UserError where joints [N, J, 3] of a file, `source`, are not in the form of the data set.
+
+        A few joints may be predicted outside the picture, but not one in twenty: such are xyz, or relative
+        to something, in the place of uvd, or uvd in the place of xyz.
+        """
+        near, far = WORKING_DEPTH_MM
+        joints = joints[has_joints(joints)]
+        at_depth = (near < joints[..., 2]) & (joints[..., 2] < far)
+        seen = joints[at_depth] if self.is_uvd else xyz2uvd(joints[at_depth], self.camera)
+        size_px = np.array(self.size_px)
+        inside = (np.abs(seen[:, :2] - size_px / 2) < 0.6 * size_px).all(axis=-1)
+        if inside.sum() < 0.95 * at_depth.size:
+            form = "uvd (px, px, mm)" if self.is_uvd else "xyz (mm, camera frame)"
+            raise UserError(
+                f"{source}: {1 - inside.sum() / at_depth.size:.0%} of its joints cannot be {form}: expected "
+                f"joints within the {self.size_px[0]} x {self.size_px[1]} px picture, {near} to {far} mm away"
+            )
 
 
 # The intrinsics differ slightly from the loaders' because the published numbers were computed with these.
@@ -34,6 +61,8 @@ class Protocol(NamedTuple):
 PROTOCOLS = {
     "NYU": Protocol(
         Camera(588.03, 587.07, 320.0, 240.0),
+        (640, 480),
+        True,
         2440,
         (
             *(f"{finger} {part}" for finger in _FINGERS[1:] for part in ("tip", "root")),
@@ -42,11 +71,15 @@ PROTOCOLS = {
     ),
     "ICVL": Protocol(
         Camera(240.99, 240.96, 160.0, 120.0),
+        (320, 240),
+        True,
         702,
         ("palm", *(f"{finger} {part}" for finger in _FINGERS for part in ("root", "mid", "tip"))),
     ),
     "MSRA": Protocol(
         Camera(241.42, 241.42, 160.0, 120.0),
+        (320, 240),
+        True,
         None,
         (
             "wrist",
@@ -55,7 +88,9 @@ PROTOCOLS = {
         ),
     ),
     "HAND17": Protocol(
-        None,
+        Camera(475.065948, 475.065857, 315.944855, 245.287079),
+        (640, 480),
+        False,
         None,
         (
             "wrist",
@@ -75,6 +110,22 @@ def joint_errors_mm(pred_xyz, true_xyz):
     if pred_xyz.shape != true_xyz.shape:
         raise ValueError(f"predictions have shape {pred_xyz.shape}, labels {true_xyz.shape}")
     return np.linalg.norm(pred_xyz - true_xyz, axis=-1)
+
+
+def has_joints(joints):
+    """Return which frames of [N, J, 3] have joints: zeros alone are what test.py writes where it has none."""
+    return joints.any(axis=(1, 2))
+
+
+def measure_errors(protocol, joints, labels):
+    """Return the errors [n, J], mm, of the frames that have joints, and how many are of the first test part.
+
+    `joints` and `labels` [N, J, 3] are in the form of the data set's results. The second value is None where
+    the test set has one part.
+    """
+    kept = has_joints(joints) & has_joints(labels)
+    error_mm = joint_errors_mm(protocol.to_xyz(joints[kept]), protocol.to_xyz(labels[kept]))
+    return error_mm, None if protocol.split is None else int(kept[: protocol.split].sum())
 
 
 def success_curve(error_mm, thresholds_mm):

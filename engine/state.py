@@ -44,8 +44,8 @@ STATE_KEYS = "state_dict optimizer scheduler epoch progress records random seed 
 
 
 def run_name(args):
-    """Return the name that a run's checkpoints, logs and results share."""
-    fold = f"_subject{args.subject}" if args.dataset == "MSRA" else ""
+    """Return the name that a run's checkpoints, logs and results share (of MSRA's `all` without subject)."""
+    fold = f"_subject{args.subject}" if args.dataset == "MSRA" and args.subject != "all" else ""
     return f"{args.dataset}_{args.suffix}{fold}"
 
 

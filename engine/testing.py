@@ -3,19 +3,31 @@
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from datasets import DATASETS, MSRADataset, test_labels_uvd
+from datasets import DATASETS, test_labels_uvd
 from engine.batches import batches_of, ending_workers, make_loader, to_device
 from engine.checkpoints import load_network, resolve_device, torch_errors_explained
 from engine.inference import prepare
-from engine.metrics import PROTOCOLS, format_table, joint_errors_mm, summarise
+from engine.metrics import PROTOCOLS, format_table, measure_errors, summarise
 from engine.state import checkpoint_path, run_name
 from engine.training import folds
 from frames.files import FrameError
 from utils import UserError, atomic_path
+
+SOME_REFUSED = 3  # exit status
+
+
+class Tested(NamedTuple):
+    """A test run's result lines, joints [N, J, 3] uvd, labels (the same, or None), and the refused frames."""
+
+    lines: list
+    joints_uvd: np.ndarray
+    labels_uvd: np.ndarray | None
+    refused: list
 
 
 def predict(network, dataset, args, device):
@@ -33,25 +45,36 @@ def predict(network, dataset, args, device):
             if batch.samples is not None:
                 samples = to_device(batch.samples, device)
                 uvd = forward(samples.img, samples.label_img, samples.mask).uvd.cpu()
-                joints_uvd[batch.indices] = dataset.recover_uvd(uvd, batch.samples)
+                for index, frame_uvd in zip(batch.indices, dataset.recover_uvd(uvd, batch.samples)):
+                    if np.isfinite(frame_uvd).all():
+                        joints_uvd[index] = frame_uvd
+                    else:
+                        refused.append(FrameError(dataset.frame_path(index), "the network gives no numbers"))
             bar.update(len(batch.indices) + len(batch.refused))
     return joints_uvd, refused
 
 
+def result_name(args):
+    """Return the name of a test run's result file: another checkpoint than `final` adds its own."""
+    run = run_name(args)
+    if args.model:
+        return f"{run}_{args.model.stem}"
+    return run if args.seed == "final" else f"{run}_{args.seed}"
+
+
 @torch_errors_explained()
 def test(args):
-    """Predict a test split, write Result/<run>.txt and print the speed and, with labels, the errors.
+    """Predict a test split, write its result file and print the speed; return what was Tested.
 
-    Returns (result lines, joints uvd, labels uvd or None). Raises UserError for what the user can mend.
+    Raises UserError for what the user can mend, and where no frame can be used.
     """
-    device = resolve_device(args.device, args.gpu_id)
-    cls, run = DATASETS[args.dataset], run_name(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("test.py and test_msra.py run in one process: leave torchrun out")
-    network = load_network(args.model or checkpoint_path(run, args.seed), args.dataset)
+    device = resolve_device(args.device, args.gpu_id)
+    network = load_network(args.model or checkpoint_path(run_name(args), args.seed), args.dataset)
     label_size = network.param["label_size"]
-    fold = {"subject": args.subject} if cls is MSRADataset else {}
-    dataset = cls(
+    fold = {"subject": args.subject} if args.dataset == "MSRA" else {}
+    dataset = DATASETS[args.dataset](
         path=args.data_dir,
         dataset="test",
         test_only=True,
@@ -60,57 +83,60 @@ def test(args):
         image_size=2 * label_size,
         **fold,
     )
-    started = time.perf_counter()
+    started, name = time.perf_counter(), result_name(args)
     joints_uvd, refused = predict(network, dataset, args, device)
-    print(f"{run}: {len(dataset) / (time.perf_counter() - started):.1f} frames a second on {device}")
+    if len(refused) == len(dataset):
+        raise UserError(f"{name}: none of {len(dataset)} frames can be used: {refused[0]}")
+    print(f"{name}: {len(dataset) / (time.perf_counter() - started):.1f} frames a second on {device}")
     for error in refused[:10]:
-        print(f"warning: {error}; its joints are written as zeros, which count as such in the errors")
+        print(f"warning: {error}; its joints are written as zeros")
     if len(refused) > 10:
         print(f"warning: so are those of {len(refused) - 10} more frames")
     lines = result_lines(dataset, joints_uvd)
-    write_results(Path("Result", f"{run}.txt"), lines)
+    write_results(Path("Result", f"{name}.txt"), lines)
     labels_uvd = None
     if args.dataset != "HAND17":
         try:
             labels_uvd = test_labels_uvd(args.dataset, args.data_dir, **fold)
         except FrameError as error:
             print(f"warning: {error}; no errors are printed")
-    return lines, joints_uvd, labels_uvd
+    return Tested(lines, joints_uvd, labels_uvd, refused)
 
 
 def test_and_evaluate(args):
-    """Test as the options say and print the evaluation table; MSRA's `all` merges the nine subjects.
+    """Test as the options say and print the evaluation table; return the exit status, 3 for refused frames.
 
-    The merged result file is in the community's order: subject, gesture, frame.
+    MSRA's `all` merges the nine subjects; the merged result file is in the community's order: subject,
+    gesture, frame.
     """
-    if args.dataset != "MSRA":
-        results, title = [test(args)], run_name(args)
-    else:
-        results = [test(fold) for fold in folds(args)]
-        title = run_name(args) if len(results) == 1 else f"MSRA_{args.suffix}"
-    parts, _, labels_uvd = zip(*results)
-    lines = sum(parts, [])
+    results = [test(fold) for fold in (folds(args) if args.dataset == "MSRA" else [args])]
+    title = result_name(args)
+    lines = [line for result in results for line in result.lines]
+    refused = sum(len(result.refused) for result in results)
+    labels_uvd = [result.labels_uvd for result in results]
     if len(results) > 1:
         write_results(Path("Result", f"{title}.txt"), lines)
     if all(labels is not None for labels in labels_uvd):
         protocol, labels_uvd = PROTOCOLS[args.dataset], np.concatenate(labels_uvd)
         # The numbers as written: evaluate.py prints the same table of the file, to the last digit.
         joints_uvd = np.array([line.split() for line in lines], dtype=np.float64).reshape(labels_uvd.shape)
-        error_mm = joint_errors_mm(protocol.to_xyz(joints_uvd), protocol.to_xyz(labels_uvd))
-        print(format_table({title: summarise(error_mm, protocol.split)}, protocol.joint_names))
+        error_mm, split = measure_errors(protocol, joints_uvd, labels_uvd)
+        print(format_table({title: summarise(error_mm, split)}, protocol.joint_names))
+        if refused:
+            print(f"{title}: {refused} frames have no joints (zeros) and are left out")
+    return SOME_REFUSED if refused else 0
 
 
 def result_lines(dataset, joints_uvd):
     """Return the lines of a result file: uvd, or HAND17's file name and xyz."""
-    if dataset.name != "HAND17":
-        return [
-            " ".join(f"{n:.3f}" for n in frame) for frame in joints_uvd.reshape(len(joints_uvd), -1).tolist()
-        ]
-    joints_xyz = dataset.uvd2xyz(joints_uvd).reshape(len(joints_uvd), -1) + 0.0  # no "-0.000"
-    return [
-        "\t".join([f"frame\\images\\{dataset.frame_path(index).name}", *(f"{n:.3f}" for n in frame)])
-        for index, frame in enumerate(joints_xyz.tolist())
-    ]
+    is_hand17 = dataset.name == "HAND17"
+    joints = dataset.uvd2xyz(joints_uvd) if is_hand17 else joints_uvd
+    # z: no "-0.000"
+    frames = [[f"{n:z.3f}" for n in frame] for frame in joints.reshape(len(joints), -1).tolist()]
+    if not is_hand17:
+        return [" ".join(frame) for frame in frames]
+    names = (f"frame\\images\\{dataset.frame_path(index).name}" for index in range(len(frames)))
+    return ["\t".join([name, *frame]) for name, frame in zip(names, frames)]
 
 
 def write_results(path, lines):

@@ -435,8 +435,41 @@ def test_testing_writes_zeros_for_a_bad_frame_and_says_so(fresh_indexed, script)
     root = fresh_indexed("NYU")
     (root / "test/depth_1_0000001.png").unlink()
     done = script("test.py", "--dataset", "NYU", "--model", CHECKPOINT, *ON_CPU)
-    assert done.status == 0 and "depth_1_0000001.png" in done.out + done.err
-    first, second = np.loadtxt("Result/NYU_default.txt")
+    assert done.status == 3 and "depth_1_0000001.png" in done.out + done.err
+    first, second = np.loadtxt("Result/NYU_default_instance_softmax.txt")
+    assert not first.any() and second.any()
+    assert "1 frames have no joints (zeros) and are left out" in done.out
+    mean_mm = float(done.out.partition("mean, mm")[2].split()[0])
+    evaluated = script("evaluate.py", "--dataset", "NYU", "Result/NYU_default_instance_softmax.txt")
+    assert "1 frames have no joints" in evaluated.out and f"{mean_mm:.3f}" in evaluated.out
+    assert mean_mm < 300, "of the frame that has joints"
+
+
+def test_testing_without_one_usable_frame_writes_nothing(fresh_indexed, script):
+    root = fresh_indexed("NYU")
+    for path in root.glob("test/*.png"):
+        path.unlink()
+    done = script("test.py", "--dataset", "NYU", "--model", CHECKPOINT, *ON_CPU)
+    assert_one_clear_line(done, "none of 2 frames can be used", "depth_1_0000001.png")
+    assert not Path("Result").exists()
+
+
+def test_joints_that_are_no_numbers_are_never_written(fresh_indexed, script, monkeypatch):
+    fresh_indexed("NYU")
+    calls = []
+
+    def overflowing(network, *_):
+        def forward(*inputs):
+            output = network(*inputs)[-1]
+            calls.append(output.uvd[0, 3, 2].fill_(np.inf))
+            return output
+
+        return torch.no_grad()(forward)
+
+    monkeypatch.setattr("engine.testing.prepare", overflowing)
+    done = script("test.py", "--dataset", "NYU", "--model", CHECKPOINT, *ON_CPU)
+    assert calls and done.status == 3 and "the network gives no numbers" in done.out
+    first, second = np.loadtxt("Result/NYU_default_instance_softmax.txt")
     assert not first.any() and second.any()
 
 

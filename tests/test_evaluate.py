@@ -12,7 +12,8 @@ import pytest
 from conftest import GOLDEN, ON_CPU
 
 import evaluate
-from engine.metrics import PROTOCOLS, format_table, summarise
+from engine.metrics import PROTOCOLS, format_table, measure_errors, summarise
+from frames.transforms import xyz2uvd
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,8 +58,8 @@ def test_published_predictions_give_the_published_numbers(dataset, prediction, e
     protocol = PROTOCOLS[dataset]
     source = PUBLISHED / f"{dataset.lower()}_test_groundtruth_label.txt"
     labels = evaluate.read_joints(source, len(protocol.joint_names))
-    error_mm = evaluate.measure_errors_mm(PUBLISHED / f"{prediction}.txt", protocol, labels, str(source))
-    table = format_table({prediction: summarise(error_mm, protocol.split)})
+    joints = evaluate.read_predictions(PUBLISHED / f"{prediction}.txt", protocol, labels, None, str(source))
+    table = format_table({prediction: summarise(*measure_errors(protocol, joints, labels))})
     figures = [line.split()[-1] for line in table.splitlines() if " joint, mm" not in line]
     assert figures == [prediction, *expected.split()]
 
@@ -76,7 +77,8 @@ def test_published_predictions_give_the_published_numbers(dataset, prediction, e
 )
 def test_numbers_are_read_however_they_are_spaced(tmp_path, line):
     path = tmp_path / "joints.txt"
-    path.write_text(f"{line}\n7 8 9 10 11 12\n\n  \n", encoding="utf-8")
+    name = "b.png " if "png" in line else ""
+    path.write_text(f"{line}\n{name}7 8 9 10 11 12\n\n  \n", encoding="utf-8")
     joints = evaluate.read_joints(path, joints=2)
     np.testing.assert_array_equal(joints, [[[1, 2.5, -3], [400, 5, 6]], [[7, 8, 9], [10, 11, 12]]])
 
@@ -154,18 +156,138 @@ def test_testing_prints_both_parts_as_the_evaluation_does(fresh_indexed, script,
     monkeypatch.setitem(PROTOCOLS, "NYU", PROTOCOLS["NYU"]._replace(split=1))
     checkpoint = GOLDEN / "expected" / "instance_softmax.pt"
     tested = script("test.py", "--dataset", "NYU", "--model", checkpoint, *ON_CPU)
-    evaluated = script("evaluate.py", "--dataset", "NYU", "Result/NYU_default.txt")
+    evaluated = script("evaluate.py", "--dataset", "NYU", "Result/NYU_default_instance_softmax.txt")
     parts = figures_of_parts(tested.out)
     assert parts == figures_of_parts(evaluated.out) and len(set(parts)) == 2 and "-" not in parts
 
 
 def test_hand17_results_are_xyz_behind_a_name(tmp_path, capsys):
-    xyz = np.full((2, 21, 3), 300.0)
+    xyz = np.full((2, 21, 3), (-100.0, 50.0, 400.0))
     labels = write_joints(tmp_path / "labels.txt", xyz)
     moved = "\t".join(f"{value:.3f}" for value in (xyz[0] + (3, 0, 4)).ravel())
     path = write_lines(tmp_path / "p.txt", *(f"frame\\images\\image_D{k:08d}.png\t{moved}" for k in (1, 2)))
     evaluate.main(["--dataset", "HAND17", "--labels", str(labels), str(path)])
     assert capsys.readouterr().out.splitlines()[2].split()[-1] == "5.000"
+
+
+def nyu_labels(frames=4):
+    """Return labels [frames, 14, 3] xyz of a hand about the middle of the picture."""
+    rng = np.random.default_rng(1)
+    return rng.normal(0, 50, (frames, 14, 3)) + rng.normal(0, 80, (frames, 1, 3)) + (0, 0, 800)
+
+
+def nyu_uvd(xyz):
+    return xyz2uvd(xyz, PROTOCOLS["NYU"].camera)
+
+
+def nyu_palm(xyz):
+    return xyz - xyz[:, 13:]
+
+
+@pytest.mark.parametrize("labels_form, joints_form", [(a, b) for a in "urx" for b in "urx"])
+def test_what_is_no_uvd_is_refused(labels_form, joints_form, tmp_path, capsys):
+    """As xyz, or relative to the palm, both files would give a plausible and wrong mean."""
+    forms = {"u": nyu_uvd, "r": nyu_palm, "x": lambda xyz: xyz}
+    labels = write_joints(tmp_path / "labels.txt", forms[labels_form](nyu_labels()))
+    joints = write_joints(tmp_path / "joints.txt", forms[joints_form](nyu_labels() + (0, 0, 5)))
+    call = lambda: evaluate.main(["--dataset", "NYU", "--labels", str(labels), str(joints)])  # noqa: E731
+    if (labels_form, joints_form) == ("u", "u"):
+        call()
+        assert capsys.readouterr().out.splitlines()[2].split()[-1] == "5.000"
+        return
+    name = "joints.txt" if labels_form == "u" else "labels.txt"
+    with pytest.raises(
+        UserError, match=rf"{name}: \d+% of its joints cannot be uvd .* 640 x 480 px .* mm away"
+    ):
+        call()
+
+
+def test_hand17_joints_relative_to_the_palm_are_refused(tmp_path):
+    xyz = np.random.default_rng(0).normal(0, 60, (3, 21, 3))
+    labels = write_joints(tmp_path / "labels.txt", xyz + (0, 0, 500))
+    joints = write_joints(tmp_path / "joints.txt", xyz)
+    with pytest.raises(UserError, match="joints.txt: .* cannot be xyz"):
+        evaluate.main(["--dataset", "HAND17", "--labels", str(labels), str(joints)])
+
+
+def test_a_joint_outside_the_picture_may_be_predicted(tmp_path, labels_path, capsys):
+    joints = icvl_uvd()
+    joints[0, 3, 0] = 500
+    evaluate.main(
+        ["--dataset", "ICVL", "--labels", str(labels_path), str(write_joints(tmp_path / "j.txt", joints))]
+    )
+    assert "mean, mm" in capsys.readouterr().out
+
+
+def test_frames_of_zeros_are_left_out_and_counted(tmp_path, labels_path, capsys, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "ICVL", PROTOCOLS["ICVL"]._replace(split=2))
+    joints = icvl_uvd() + [[[0, 0, n]] for n in (1, 3, 5)]
+    joints[0] = 0
+    command = ["--dataset", "ICVL", "--labels", str(labels_path)]
+    evaluate.main([*command, str(write_joints(tmp_path / "some.txt", joints))])
+    printed = capsys.readouterr().out
+    assert figures_of_parts(printed) == ["3.000", "5.000"]
+    assert printed.endswith("some: 1 frames have no joints (zeros) and are left out\n")
+    with pytest.raises(UserError, match="none.txt: no frame of it has joints"):
+        evaluate.main([*command, str(write_joints(tmp_path / "none.txt", 0 * joints))])
+
+
+NAMES = ["test_seq_1/image_0000.png", "test_seq_1/image_0001.png", "test_seq_2/image_0000.png"]
+
+
+def write_named(path, names, joints):
+    """Write joints [N, J, 3] behind frame names, the lines backwards; return the path as text."""
+    lines = [" ".join([name, *map(str, frame.ravel())]) for name, frame in zip(names, joints, strict=True)]
+    return str(write_lines(path, *reversed(lines)))
+
+
+@pytest.mark.parametrize("prefix", ["", "Testing\\Depth\\", "\ufeff/data/ICVL/Testing/Depth/"])
+def test_named_frames_are_matched_by_name(prefix, tmp_path, capsys):
+    labels = write_lines(
+        tmp_path / "labels.txt", *(f"{n} {' '.join(map(str, f.ravel()))}" for n, f in zip(NAMES, icvl_uvd()))
+    )
+    joints = write_named(tmp_path / "joints.txt", [prefix + name for name in NAMES], icvl_uvd() + (0, 0, 2))
+    evaluate.main(["--dataset", "ICVL", "--labels", str(labels), joints])
+    assert capsys.readouterr().out.splitlines()[2].split()[-1] == "2.000"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([NAMES[0], NAMES[1], NAMES[0]], "frame test_seq_1/image_0000.png stands in two lines"),
+        (
+            [NAMES[0], NAMES[1], "test_seq_3/image_0000.png"],
+            "frame test_seq_3/image_0000.png is not in .*labels",
+        ),
+        ([NAMES[0], NAMES[1], "image_0000.png"], "frame image_0000.png is not in"),
+        (NAMES[:2], "frame test_seq_2/image_0000.png of .*labels.txt is missing"),
+    ],
+)
+def test_unknown_double_and_missing_names_are_refused(names, message, tmp_path):
+    labels = write_named(tmp_path / "labels.txt", NAMES, icvl_uvd())
+    joints = write_named(tmp_path / "joints.txt", names, icvl_uvd(len(names)))
+    with pytest.raises(UserError, match=f"joints.txt: {message}"):
+        evaluate.main(["--dataset", "ICVL", "--labels", labels, joints])
+
+
+def test_labels_that_name_a_frame_twice_are_refused(tmp_path):
+    labels = write_named(tmp_path / "labels.txt", [NAMES[0], *NAMES[:2]], icvl_uvd())
+    joints = write_named(tmp_path / "joints.txt", NAMES, icvl_uvd())
+    with pytest.raises(UserError, match="labels.txt: two lines are of one frame"):
+        evaluate.main(["--dataset", "ICVL", "--labels", labels, joints])
+
+
+def test_a_line_without_a_name_among_named_ones_is_refused(tmp_path):
+    path = write_lines(tmp_path / "joints.txt", "a.png 1 2 3", "4 5 6")
+    with pytest.raises(UserError, match="line 2: give a frame's name in every line, or in none"):
+        evaluate.read_frames(path, joints=1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_are_no_part_of_a_number(encoding, tmp_path):
+    path = tmp_path / "joints.txt"
+    path.write_text("1 2 3\n4 5 6\n", encoding=encoding)
+    np.testing.assert_array_equal(evaluate.read_joints(path, joints=1).ravel(), [1, 2, 3, 4, 5, 6])
 
 
 @pytest.mark.parametrize(("options", "passed_on"), [([], {}), (["--subject", "3"], {"subject": 3})])

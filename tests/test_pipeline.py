@@ -93,9 +93,9 @@ def epochs_of(folder, run):
     return [record for record in map(json.loads, lines) if "epoch" in record]
 
 
-def results_of(chain, name):
+def results_of(chain, name, which=""):
     """Return the result file's joints [N, J, 3] uvd."""
-    return np.loadtxt(chain.folder / "Result" / f"{chain.run_name(name)}.txt", ndmin=2).reshape(
+    return np.loadtxt(chain.folder / "Result" / f"{chain.run_name(name)}{which}.txt", ndmin=2).reshape(
         -1, DATASETS[name].joint_number, 3
     )
 
@@ -196,23 +196,25 @@ def test_hand17_can_be_tested_with_bounding_boxes(chains, script, monkeypatch):
     bb = ("--dataset", "HAND17", "--process_mode", "bb", "--suffix", "bb", "--model", model)
     done = script("test.py", *bb, *ON_CPU)
     assert_succeeded(done)
-    other = Path("Result/HAND17_bb.txt").read_text()
+    other = Path("Result/HAND17_bb_HAND17_default_final.txt").read_text()
     assert other.count("\n") == 2 and other != Path("Result/HAND17_default.txt").read_text()
 
 
-def test_test_can_use_any_epoch(chains, script, monkeypatch):
+def test_test_can_use_any_epoch_and_leaves_the_final_result(chains, script, monkeypatch):
     chain = chains("NYU")
     monkeypatch.chdir(chain.folder)
-    predictions = {}
+    final, predictions = results_of(chain, "NYU"), {}
     for epoch in (1, 2):
         model = f"Model/NYU_default_{epoch}.pt"
         assert_succeeded(script("test.py", "--seed", epoch, *ON_CPU))
-        by_seed = results_of(chain, "NYU")
+        by_seed = results_of(chain, "NYU", f"_{epoch}")
         # One frame at a time, so that frames in a wrong order within a batch would show.
         assert_succeeded(script("test.py", "--model", model, "--batch_size", 1, *ON_CPU))
-        np.testing.assert_allclose(by_seed, results_of(chain, "NYU"), atol=0.01)
+        by_name = results_of(chain, "NYU", f"_NYU_default_{epoch}")
+        np.testing.assert_allclose(by_seed, by_name, atol=0.01)
         predictions[epoch] = by_seed
     assert not np.array_equal(predictions[1], predictions[2])
+    np.testing.assert_array_equal(results_of(chain, "NYU"), final)
 
 
 def test_resolved_options_can_be_given_back_and_repeat_the_run(chains, script, monkeypatch):
