@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from frames.cameras import PRESETS
 from frames.transforms import Camera, uvd2xyz, xyz2uvd
 from utils import UserError
 
@@ -88,7 +89,7 @@ PROTOCOLS = {
         ),
     ),
     "HAND17": Protocol(
-        Camera(475.065948, 475.065857, 315.944855, 245.287079),
+        PRESETS["HAND17"].camera,
         (640, 480),
         False,
         None,
