@@ -1,9 +1,9 @@
 """Command-line options of training, testing (with defaults from YAML) and prediction."""
 
 import argparse
-import math
 import os
 import sys
+from math import inf
 from pathlib import Path
 
 import yaml
@@ -13,6 +13,19 @@ from frames.cameras import PRESETS, parse_camera, split_numbers
 from utils import UserError, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
+
+# In words, as a test, and of which options; the network itself looks at its sizes.
+RANGES = (
+    ("above 0", lambda x: 0 < x < inf, "batch_size kernel_size sigmoid epoch lr lr_decay decay_epoch stages"),
+    (
+        "0 or more",
+        lambda x: 0 <= x < inf,
+        "num_workers weight_decay lambda_h lambda_d save_minutes max_bad_steps",
+    ),
+    (f"0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "alpha"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "holdout beta1 beta2"),
+)
 
 
 def parse_train(description, argv=None, subject=False):
@@ -28,7 +41,8 @@ def parse_train(description, argv=None, subject=False):
     _add_training(parser)
     _add_stopping(parser)
     args = _parse(parser, argv)
-    _check_ranges(args)
+    if args.kernel_size % 2 == 0 or args.kernel_size // 2 >= args.label_size:
+        raise UserError(f"--kernel_size must be odd and below twice --label_size, not {args.kernel_size}")
     return args
 
 
@@ -86,7 +100,10 @@ def _add_data(parser, subject):
     group.add_argument("--batch_size", type=int, default=32, help="frames a step, of all processes together")
     own_cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     group.add_argument(
-        "--num_workers", type=int, default=own_cores, help="loading processes (default: all cores)"
+        "--num_workers",
+        type=int,
+        default=own_cores,
+        help="loading processes, at most one a core (the default)",
     )
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     group.add_argument("--gpu_id", type=int, default=0, help="which GPU")
@@ -235,10 +252,8 @@ def _parse(parser, argv):
     argv = sys.argv[1:] if argv is None else list(argv)
     path = parser.parse_args(argv).config
     args = parser.parse_args(_config_arguments(parser, path) + argv if path else argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size must be above 0, not {args.batch_size}")
-    if args.num_workers < 0:
-        raise UserError(f"--num_workers must be 0 or more, not {args.num_workers}")
+    _check_ranges(args)
+    args.num_workers = min(args.num_workers, parser.get_default("num_workers"))
     if Path(args.suffix).name != args.suffix:
         raise UserError(f"--suffix {args.suffix!r} must be part of a file's name")
     return args
@@ -247,8 +262,8 @@ def _parse(parser, argv):
 def _config_arguments(parser, path):
     """Return a YAML file's options as command-line words, so that both are checked alike."""
     try:
-        options = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        options = yaml.safe_load(path.read_bytes()) or {}
+    except (OSError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise UserError(f"{path}: expected `option: value` lines")
@@ -267,28 +282,19 @@ def _config_arguments(parser, path):
 
 
 def _check_ranges(args):
-    for name in ("kernel_size", "sigmoid", "epoch", "lr", "lr_decay", "decay_epoch", "features", "stages"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
-    for name in ("weight_decay", "lambda_h", "lambda_d", "save_minutes", "max_bad_steps"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} must be 0 or more, not {getattr(args, name)}")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed must be 0 to {2**32 - 1}, not {args.seed}")
-    if not 0 <= args.alpha <= 1:
-        raise UserError(f"--alpha must be between 0 and 1, not {args.alpha}")
-    for name in ("holdout", "beta1", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 0 and below 1, not {getattr(args, name)}")
-    if args.kernel_size % 2 == 0 or args.kernel_size // 2 >= args.label_size:
-        raise UserError(f"--kernel_size must be odd and below twice --label_size, not {args.kernel_size}")
+    """Raise UserError for the first number of train's or test's options that is out of range."""
+    for words, fits, names in RANGES:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if isinstance(value, (int, float)) and not fits(value):
+                raise UserError(f"--{name} must be {words}, not {value}")
 
 
 def _read_numbers(args):
     """Turn camera, centre and box of the command line from text to numbers. Raises UserError."""
     for name in ("depth_unit", "cube"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not 0 < value < inf:
             raise UserError(f"--{name} must be above 0, not {value}")
     args.camera = parse_camera(args.camera)
     if args.depth_unit is not None:

@@ -49,7 +49,7 @@ def train_options(text="", **more):
 
 
 def config(tmp_path, text):
-    path = tmp_path / "engine.options.yml"
+    path = tmp_path / "options.yml"
     path.write_text(text)
     return f"--config {path}"
 
@@ -66,6 +66,7 @@ def test_published_options_keep_their_defaults():
 def test_processes_of_one_machine_share_its_cores(monkeypatch):
     monkeypatch.setattr("engine.options.usable_cores", lambda: 16)
     assert parse_train("", []).num_workers == 16
+    assert [parse_train("", ["--num_workers", n]).num_workers for n in ("3", "64")] == [3, 16]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert parse_train("", []).num_workers == 4
 
@@ -110,7 +111,7 @@ def test_empty_config_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("key", ["lrate", "config", "help", "1", "subject"])
 def test_unknown_key_is_refused_by_name(key, tmp_path):
-    with pytest.raises(UserError, match=f"engine.options.yml: no option is named .?{key}.?; there are .*lr"):
+    with pytest.raises(UserError, match=f"options.yml: no option is named .?{key}.?; there are .*lr"):
         train_options(config(tmp_path, f"{key}: 1\n"))
 
 

@@ -128,13 +128,17 @@ def test_a_mirrored_frame_of_a_left_hand_gives_mirrored_joints(model, estimator)
 @pytest.mark.parametrize("hand, column", [("right", 300), ("left", 339)])
 def test_the_hand_is_looked_for_where_it_was(hand, column, model, monkeypatch):
     asked = []
-    monkeypatch.setattr("prediction.estimator.find_center", lambda frame, camera, near: asked.append(near) or CENTER)
+    monkeypatch.setattr(
+        "prediction.estimator.find_center", lambda frame, camera, near: asked.append(near) or CENTER
+    )
     HandPoseEstimator(model, CAMERA, hand=hand, device="cpu")(hand_frame(), near_uvd=(300, 200, 490))
     np.testing.assert_array_equal(asked, [(column, 200, 490)])
 
 
 def test_a_second_crop_is_cut_around_the_first_prediction(estimator, monkeypatch):
-    monkeypatch.setattr("prediction.estimator.middle_of_hand", lambda crop, uvd: np.array([330.0, 250.0, 505.0]))
+    monkeypatch.setattr(
+        "prediction.estimator.middle_of_hand", lambda crop, uvd: np.array([330.0, 250.0, 505.0])
+    )
     np.testing.assert_array_equal(estimator(hand_frame()).center_uvd, (330, 250, 505))
     np.testing.assert_array_equal(estimator(hand_frame(), center_uvd=CENTER).center_uvd, CENTER)
 
@@ -387,7 +391,9 @@ def test_a_place_without_a_hand_gets_its_reason(estimator):
 
 
 def test_a_second_crop_that_cannot_be_leaves_the_first(estimator, monkeypatch):
-    monkeypatch.setattr("prediction.estimator.middle_of_hand", lambda crop, uvd: np.array([320.0, 240.0, 1.0]))
+    monkeypatch.setattr(
+        "prediction.estimator.middle_of_hand", lambda crop, uvd: np.array([320.0, 240.0, 1.0])
+    )
     assert estimator(hand_frame()).reason is None
 
 
