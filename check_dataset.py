@@ -1,4 +1,4 @@
-"""Validate a data set and write its index files.
+"""From a data set's official annotations to its index files: read them, judge every frame, write.
 
 python check_dataset.py --dataset NYU
 python check_dataset.py --dataset HAND17 --data_dir /data/HANDS17 --force
@@ -6,12 +6,380 @@ python check_dataset.py --dataset MSRA --cache
 """
 
 import argparse
+import random
+import signal
 import sys
+from collections import Counter
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
-from annotations import build_cache, build_index
-from datasets import DATASETS
-from utils import run
+import cv2
+import numpy as np
+import scipy.io
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from datasets import DATASETS, MSRADataset, computed_name
+from frames.cache import lines_of, make_record, open_cache, settings_of, write_cache
+from frames.files import FrameError, LineFile
+from frames.handfinder import find_center
+from utils import UserError, atomic_path, run, usable_cores
+
+NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
+MSRA_GESTURES = "1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y".split()
+HAND17_TRAIN_SHARE = 0.95
+
+TREES = {
+    "NYU": """train/joint_data.mat  train/depth_1_0000001.png ...
+test/joint_data.mat   test/depth_1_0000001.png ...
+nyu_center_train.txt  nyu_center_test.txt  (computed when missing)""",
+    "ICVL": """Training/labels.txt    Training/Depth/201403121135/image_0000.png ...
+Testing/test_seq_1.txt  Testing/test_seq_2.txt
+Testing/Depth/test_seq_1/image_0000.png ...
+icvl_train_list.txt  icvl_center_train.txt  icvl_center_test.txt  (computed when missing)""",
+    "MSRA": """P0/1/joint.txt  P0/1/000000_depth.bin ...
+... P0 to P8, each with the folders 1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y""",
+    "HAND17": """training/Training_Annotation.txt  training/images/image_D00000001.png ...
+frame/BoundingBox.txt             frame/images/image_D00000001.png ...
+hands17_center_train.txt  hands17_center_test.txt  (computed when missing)""",
+}
+
+
+# Official annotations: functions of (folder, split or subject) that return a line a frame
+
+
+def require(path, name, root):
+    """Return `path`; raise UserError with the expected folder tree where it does not exist."""
+    if not path.exists():
+        tree = "\n".join(f"  {line}" for line in TREES[name].splitlines())
+        raise UserError(
+            f'{path} not found: extract {name} to {root} (README, "{name}"), so that it holds\n{tree}'
+        )
+    return path
+
+
+def label_lines(path, name, root):
+    """Return the non-blank lines of a label file. UserError where it cannot be read or is empty."""
+    return [line for line in LineFile(require(path, name, root)) if line]
+
+
+def nyu_lines(root, split):
+    """Return an index line for every NYU frame of `train` or `test`: path, 14 joints uvd."""
+    path = require(root / split / "joint_data.mat", "NYU", root)
+    try:
+        joints = np.asarray(scipy.io.loadmat(path, variable_names=["joint_uvd"])["joint_uvd"])
+    except KeyError:
+        raise UserError(f"{path} holds no joint_uvd: extract the NYU archive again") from None
+    except Exception as error:  # scipy raises errors of any kind at damaged bytes
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path} is damaged ({reason}): extract the NYU archive again") from error
+    if joints.ndim != 4 or not len(joints) or joints.shape[2:] != (36, 3) or joints.dtype.kind not in "fiu":
+        raise UserError(f"{path}: joint_uvd is {joints.dtype} {joints.shape}, expected numbers [3, N, 36, 3]")
+    joints = joints[0][:, NYU_JOINTS].reshape(joints.shape[1], -1).astype(np.float64)
+    return [
+        f"{(root / split).as_posix()}/depth_1_{number:07d}.png {' '.join(map(str, row))}"
+        for number, row in enumerate(joints.tolist(), start=1)
+    ]
+
+
+def icvl_lines(root, split):
+    """Return an index line for every unrotated ICVL frame: path, then the label file's 16 joints uvd."""
+    folder = root / ("Training" if split == "train" else "Testing")
+    names = ["labels.txt"] if split == "train" else ["test_seq_1.txt", "test_seq_2.txt"]
+    lines = chain.from_iterable(label_lines(folder / name, "ICVL", root) for name in names)
+    # Training labels with a longer path are rotated copies of other frames.
+    return [f"{folder.as_posix()}/Depth/{line}" for line in lines if line.partition(" ")[0].count("/") == 1]
+
+
+def msra_lines(root, subject):
+    """Return an index line for every MSRA frame of a subject: path, 21 joints in the camera frame, mm."""
+    lines = []
+    for gesture in MSRA_GESTURES:
+        folder = root / f"P{subject}" / gesture
+        if not folder.is_dir():
+            continue
+        count, *labels = label_lines(folder / "joint.txt", "MSRA", root)
+        if count != str(len(labels)):
+            raise UserError(
+                f"{folder / 'joint.txt'} announces {count[:20]} frames and lists {len(labels)}: "
+                "extract MSRA again"
+            )
+        lines += [
+            f"{folder.as_posix()}/{number:06d}_depth.bin {_to_camera_frame(label)}"
+            for number, label in enumerate(labels)
+        ]
+    if not lines:
+        require(root / f"P{subject}" / MSRA_GESTURES[0] / "joint.txt", "MSRA", root)
+    return lines
+
+
+def _to_camera_frame(label):
+    """Turn y and z of a joint.txt line back; a damaged line stays as it is, for the frame check to refuse."""
+    try:
+        numbers = [float(n) for n in label.split()]
+    except ValueError:
+        return label
+    return " ".join(str(n if axis % 3 == 0 else -n) for axis, n in enumerate(numbers))
+
+
+def hand17_lines(root, split):
+    """Return HAND17's annotation (or test bounding box) lines as they are."""
+    name = "frame/BoundingBox.txt" if split == "test" else "training/Training_Annotation.txt"
+    return LineFile(require(root / name, "HAND17", root), skip_blank=True)
+
+
+def open_parts(name, root):
+    """Return the parts that a data set is distributed in, {name: HandDataset of all its frames}.
+
+    Raises UserError where an official file is missing or damaged.
+    """
+    require(root, name, root)
+    cls, parts = DATASETS[name], {}
+    if name == "MSRA":
+        for subject in range(MSRADataset.subjects):
+            lines = msra_lines(root, subject)
+            parts[f"P{subject}"] = cls(path=root, dataset="test", subject=subject, lines=lines, targets=False)
+        return parts
+    read = {"NYU": nyu_lines, "ICVL": icvl_lines, "HAND17": hand17_lines}[name]
+    for split in ("train", "test"):
+        unlabelled = name == "HAND17" and split == "test"
+        lines = read(root, split)
+        parts[split] = cls(path=root, dataset=split, lines=lines, targets=False, test_only=unlabelled)
+    return parts
+
+
+# Every frame, on all cores
+
+
+class _EachFrame(Dataset):
+    """work(dataset, index) for every frame of a data set."""
+
+    def __init__(self, work, dataset):
+        self.work, self.dataset = work, dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.work(self.dataset, index)
+
+
+def for_each_frame(work, dataset, title):
+    """Yield work(dataset, index) for every frame, in order, computed on all cores, with a progress bar."""
+    cores = usable_cores()
+    size = min(256, max(1, len(dataset) // (8 * cores)))
+    options = dict(num_workers=cores, collate_fn=list, worker_init_fn=_start_worker)
+    try:
+        with tqdm(total=len(dataset), desc=f"{dataset.name} {title}", unit="frame") as bar:
+            for results in DataLoader(_EachFrame(work, dataset), size, **options):
+                yield from results
+                bar.update(len(results))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(
+            f"a process that reads {dataset.root} ended ({reason}): with too little memory, use fewer cores "
+            "(taskset -c 0 python check_dataset.py ...)"
+        ) from error
+
+
+def _start_worker(_):
+    # One process a core: OpenCV's own threads would only fight over them.
+    cv2.setNumThreads(0)
+    # Signals come to the whole process group; the main process ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def refusal(dataset, index):
+    """Return why frame `index` cannot be used, or None where it can."""
+    try:
+        dataset.sample(index)
+    except FrameError as error:
+        return error.reason
+
+
+def computed_center(dataset, index):
+    """Return a centre file's line for frame `index`, of the hand that is found in it."""
+    try:
+        return "{:.3f} {:.3f} {:.3f}".format(*find_center(dataset.read(dataset.line(index)), dataset.camera))
+    except (FrameError, ValueError):
+        return "invalid"
+
+
+def compute_missing_centers(split, dataset):
+    """Compute the centre file of a split that has none; say where one has too few lines."""
+    if dataset.margin_mm is None:
+        return
+    given = [dataset.root / name for name in dataset.center_names()]
+    absent = [path for path in given if not path.is_file()]
+    if not absent:
+        lines = len(LineFile(given[0]))
+        if lines < len(dataset):
+            print(
+                f"WARNING: {given[0]} has {lines} lines for {len(dataset)} frames: where one is lost, "
+                "those after it are of other frames"
+            )
+        return
+    computed = [path.with_name(computed_name(path.name)) for path in given]
+    print(
+        f"{absent[0]} not found: computing centres (of the hand found) into {computed[0]}; published results "
+        "use the distributed file"
+    )
+    centers, paths = {}, []
+    for index, center in enumerate(for_each_frame(computed_center, dataset, f"centres {split}")):
+        with suppress(FrameError):  # a line that names no frame, or one without a number, is refused later
+            line = dataset.line(index)
+            number = dataset.center_line(line) if len(computed) == 1 else len(paths)
+            centers[number] = center
+            paths.append("/".join(line.path.parts[-2:]))
+    for path in computed[1:]:
+        write_lines(path, paths)
+    write_lines(
+        computed[0], (centers.get(number, "invalid") for number in range(max(centers, default=0) + 1))
+    )
+
+
+# Index files
+
+
+def index_names(name):
+    """Return the names of the index files that a data set has when it is checked."""
+    folds = [f"_{s}" for s in range(MSRADataset.subjects)] if name == "MSRA" else [""]
+    return [f"{split}{fold}.txt" for fold in folds for split in ("train", "val", "test")]
+
+
+def build_index(name, root, force=False):
+    """Validate a data set and write its index files and rejected.txt; print what was refused and why.
+
+    Does nothing where all index files exist, unless `force`. Raises UserError where an official
+    file is missing or no training frame can be used; then no index file is written.
+    """
+    missing = [file for file in index_names(name) if not (root / file).is_file()]
+    if not missing and not force:
+        _check_first_frame(name, root)
+        print(f"{name}: all index files are in {root}; --force builds them again")
+        return
+    parts, refusals = open_parts(name, root), {}
+    for part, dataset in parts.items():
+        compute_missing_centers(part, dataset)
+        refusals[part] = list(for_each_frame(refusal, dataset, f"check {part}"))
+    _report(name, parts, refusals)
+    write_lines(root / "rejected.txt", _rejected_lines(parts, refusals))
+    indexes = {"MSRA": _msra_indexes, "HAND17": _hand17_indexes}.get(name, _plain_indexes)(parts, refusals)
+    for file, lines in indexes.items():
+        if not lines:
+            raise UserError(
+                f"{file} of {name} would be empty: no frame of {root} can be used (reasons above)"
+            )
+    for file, lines in indexes.items():
+        write_lines(root / file, lines)
+        print(f"{root / file}: {len(lines)} frames")
+
+
+def _check_first_frame(name, root):
+    """Raise UserError where an index is another data set's, or its frames are gone."""
+    dataset = DATASETS[name](path=root, dataset="train", use_cache=False)
+    path = dataset.frame_path(0)
+    if not path.is_file():
+        index = root / dataset.index_name()
+        raise UserError(f"{path} not found, which {index} names: is that {name}? --force builds it again")
+
+
+def _accepted(part, parts, refusals):
+    return [line for line, reason in zip(parts[part].lines, refusals[part], strict=True) if reason is None]
+
+
+def _plain_indexes(parts, refusals):
+    return {
+        "train.txt": _accepted("train", parts, refusals),
+        "val.txt": _accepted("test", parts, refusals),
+        "test.txt": parts["test"].lines,
+    }
+
+
+def _msra_indexes(parts, refusals):
+    accepted, indexes = {part: _accepted(part, parts, refusals) for part in parts}, {}
+    for subject, (part, dataset) in enumerate(parts.items()):
+        others = [lines for other, lines in accepted.items() if other != part]
+        indexes[f"train_{subject}.txt"] = list(chain.from_iterable(others))
+        indexes[f"val_{subject}.txt"] = accepted[part]
+        # The official lists name frames that were never recorded.
+        indexes[f"test_{subject}.txt"] = [
+            line for index, line in enumerate(dataset.lines) if dataset.frame_path(index).is_file()
+        ]
+    return indexes
+
+
+def _hand17_indexes(parts, refusals):
+    accepted = _accepted("train", parts, refusals)
+    random.Random(0).shuffle(accepted)
+    count = int(HAND17_TRAIN_SHARE * len(accepted))
+    return {"train.txt": accepted[:count], "val.txt": accepted[count:], "test.txt": parts["test"].lines}
+
+
+def _report(name, parts, refusals):
+    for part, dataset in parts.items():
+        reasons = Counter(reason for reason in refusals[part] if reason)
+        kept = " (test.txt keeps them)" if reasons and part == "test" else ""
+        print(
+            f"{name} {part}: {len(dataset) - reasons.total()} of {len(dataset)} frames accepted, "
+            f"{reasons.total()} refused{kept}"
+        )
+        for reason, count in reasons.most_common():
+            print(f"  {count:>7}  {reason}")
+
+
+def _rejected_lines(parts, refusals):
+    """Yield a line for each refused frame: its path, or where the line stands that names none, and why."""
+    for part, dataset in parts.items():
+        for index, reason in enumerate(refusals[part]):
+            if reason:
+                try:
+                    yield f"{dataset.frame_path(index)}\t{reason}"
+                except FrameError as error:
+                    yield f"{error.frame}\t{reason}"
+
+
+def write_lines(path, lines):
+    """Write a text file, a line each, atomically; names that are no text keep their bytes."""
+    with atomic_path(path) as temporary:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+
+# Crop caches
+
+
+def build_cache(name, root, force=False):
+    """Write the crop caches of a data set whose index files are in place; print their size.
+
+    Leaves a cache that serves the index as it is, unless `force`. Raises UserError where the disk is full.
+    """
+    for file, group in _cache_groups(name, root).items():
+        path, settings = root / file, settings_of(group[0])
+        lines = chain.from_iterable(lines_of(dataset, range(len(dataset))) for dataset in group)
+        if path.is_file() and not force and open_cache(path, settings, lines):
+            print(f"{path} is in place; --force builds it again")
+            continue
+        made = (for_each_frame(make_record, dataset, f"cache {dataset.index_name()}") for dataset in group)
+        count = write_cache(path, settings, filter(None, chain.from_iterable(made)))
+        size = path.stat().st_size
+        print(f"{path}: {count} frames, {size / 1e6:.1f} MB, {size / max(count, 1) / 1e3:.1f} kB a frame")
+
+
+def _cache_groups(name, root):
+    """Return, for each cache file, the splits whose frames it holds; those left out are parts of these."""
+    options = [{"dataset": split} for split in ("train", "test")]
+    if name == "MSRA":
+        options = [{"dataset": "test", "subject": subject} for subject in range(MSRADataset.subjects)]
+    elif name == "HAND17":
+        options = [{"dataset": "train"}, {"dataset": "val"}, {"dataset": "test", "test_only": True}]
+    groups = {}
+    for option in options:
+        dataset = DATASETS[name](path=root, targets=False, use_cache=False, **option)
+        groups.setdefault(dataset.cache_name(), []).append(dataset)
+    return groups
 
 
 def main():

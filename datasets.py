@@ -1,23 +1,23 @@
 """The four depth-hand data sets: loaders that crop around the hand centre."""
 
 import random
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from frames.cache import file_digest, line_key, open_cache
+from frames.cache import cache_of, line_key
 from frames.cameras import PRESETS
 from frames.files import FrameError, LineFile, parse_numbers, read_bin, read_png, unpack_rgb
-from frames.samples import Sample, prepare_crop, to_tensor
+from frames.samples import LABEL_SIZE, HandFrame, Sample, prepare_crop, to_tensor
 from frames.transforms import (
     Augmentation,
     Camera,
     Frame,
+    Rect,
     augment_joints,
     box_size_px,
     center_of_mass,
@@ -29,22 +29,21 @@ from frames.transforms import (
     window_around,
     xyz2uvd,
 )
-from model import grid_position, on_grid, spatial_form
+from model import on_grid, spatial_form
 from utils import UserError, check_command
 
-MIN_HAND_PIXELS = 10
-
-# About the length of a finger: a label that far from all that was measured belongs to no hand here.
-MAX_OFF_HAND_MM = 75
-
-# A frame is judged on the published grid, so that its use does not depend on the network's size.
-USABLE_GRID = 64
-
-# So many frames, spread over an index, are compared with its cache when that is opened.
-CHECKED_FRAMES = 64
+PLAIN = Augmentation()
 
 # Far beyond any picture (px) or working distance (mm).
 MAX_CENTER = 1e5
+
+
+class IndexLine(NamedTuple):
+    """A line of an index file: where its frame lies, the text of its numbers, its key in a crop cache."""
+
+    path: Path
+    numbers: str
+    key: int
 
 
 class HandDataset(Dataset):
@@ -56,21 +55,21 @@ class HandDataset(Dataset):
     the split, `process_mode` `uvd` (centre file) or `bb` (bounding box; HAND17's test split).
     `test_only` drops the labels; `targets=False` leaves heatmaps and depthmaps empty, for a caller
     that makes them with `model.spatial_form`. `lines` replaces the index file. `use_cache=False`
-    reads the frames' files also where a crop cache (cache.py) lies beside the index.
+    reads the frames' files also where a crop cache (frames/cache.py) lies beside the index.
 
     Opens index and cache and no image. Raises UserError where the index is missing.
     """
 
     name = ""
     camera = Camera(1, 1, 0, 0)
-    image_size_px = (0, 0)  # width, height
-    cube_mm = 0.0
-    margin_mm = None  # how much narrower than the cube the pre-crop is; None: there is none
+    picture_px = (0, 0)  # width, height
+    cube_mm = 0.0  # half the edge
+    margin_mm = None  # how much narrower than the cube the window before the crop is; None: there is none
     joint_number = 0
     config = []  # joint indices from the palm outwards: thumb, index, middle, ring, little, palm
     labels_frame = "uvd"
     suffix = ".png"
-    path_parts = 2  # of an index line's path, those below the data set's folder
+    path_parts = 2  # of an index line's path, those below `frames_folder`
     process_modes = ("uvd",)
 
     def __init__(
@@ -108,29 +107,26 @@ class HandDataset(Dataset):
         self.sigmoid, self.kernel_size = sigmoid, kernel_size
         self.image_size, self.label_size = image_size, label_size
         self.test_only, self.targets = test_only, targets
-        self.using = dict(
-            rotation=bool(using_rotation),
-            scale=bool(using_scale),
-            shift=bool(using_shift),
-            flip=bool(using_flip),
-        )
-        self.cube_size = self.cube_mm if cube_size is None else cube_size
+        using = dict(rotation=using_rotation, scale=using_scale, shift=using_shift, flip=using_flip)
+        self.using = {part: bool(on) for part, on in using.items()}
+        self.cube_mm = float(self.cube_mm if cube_size is None else cube_size)
         self.joint_number = self.joint_number if joint_number is None else joint_number
         self.split, self.process_mode = dataset, process_mode
-        # Of one sample's path, which is asked for several times and slow to build.
-        self._latest_path = None, None
-        self.lines = self._open_index() if lines is None else lines
-        self.cache = self._open_cache() if use_cache and lines is None and process_mode == "uvd" else None
-
-    def _open_index(self):
-        path = self.root / self.index_name()
-        if not path.is_file():
-            raise UserError(f"{path} not found: run `{check_command(self.name, self.root)}` first")
-        return LineFile(path, skip_blank=True)
+        self.lines = open_index(self) if lines is None else lines
+        self.cache = cache_of(self) if use_cache and lines is None and process_mode == "uvd" else None
 
     def index_name(self):
         """Return the name of this split's index file."""
         return f"{self.split}.txt"
+
+    def cache_name(self):
+        """Return the name of the crop cache that holds this split's frames."""
+        return f"{'train' if self.trains else 'test'}.cache"
+
+    @property
+    def trains(self):
+        """Whether the frames are those that were recorded for training, to which a centre file belongs."""
+        return self.split == "train"
 
     def __len__(self):
         return len(self.lines)
@@ -149,237 +145,144 @@ class HandDataset(Dataset):
         # After a decoding has emptied the processor's caches, NumPy's generator takes four times as long.
         return self.sample(index, draw_augmentation(random.Random(seed), **self.using))
 
-    def sample(self, index, augmentation=None):
+    def sample(self, index, augmentation=PLAIN):
         """Return the Sample (UnlabelledSample with `test_only`) of frame `index` for one Augmentation.
 
-        The plain sample is returned where an augmented joint leaves the heatmap grid.
-        Raises FrameError where the frame cannot be used.
+        The plain sample is returned where an augmented joint leaves the heatmap grid, or the hand the
+        crop. Raises FrameError where the frame cannot be used.
         """
-        located, cube_mm = self.load(index), self.cube_of(index)
-        if augmentation is not None and augmentation != Augmentation():
-            sample = self._sample(index, located, cube_mm, augmentation)
-            if sample is not None:
-                return sample
-        return self._sample(index, located, cube_mm, Augmentation())
+        line = self.line(index)
+        try:
+            hand = self.load(line)
+            try:
+                crop, uvd = self._crop(hand, augmentation)
+            except ValueError:
+                if augmentation == PLAIN:
+                    raise
+                crop, uvd = self._crop(hand, PLAIN)
+        except ValueError as error:
+            raise FrameError(line.path, str(error)) from None
+        if self.test_only:
+            return crop
+        if not self.targets:
+            return Sample(*crop, uvd, torch.empty(0), torch.empty(0))
+        blur = self.kernel_size, self.sigmoid
+        heatmaps, depthmaps = spatial_form(uvd[None], crop.label_img[None], crop.mask[None], *blur)
+        return Sample(*crop, uvd, heatmaps[0], depthmaps[0])
 
-    def _sample(self, index, located, cube_mm, augmentation):
-        """Return a sample; None where an augmented joint leaves the heatmap grid."""
-        frame, center_uvd, window, joints_uvd = located
-        box_px = self._box(index, center_uvd, cube_mm)
+    def _crop(self, hand, augmentation):
+        """Return (UnlabelledSample, normalised joints or None). Raises ValueError where it cannot be used."""
         shift_u, shift_v = augmentation.shift_px
-        com = np.array([int(center_uvd[0] + shift_u), int(center_uvd[1] + shift_v), center_uvd[2]])
-
+        u, v, d = hand.center_uvd
+        com = np.array([int(u + shift_u), int(v + shift_v), d])
         uvd = None
         if not self.test_only:
-            uvd = augment_joints(joints_to_crop(joints_uvd, com, box_px, self.image_size), augmentation)
-            uvd = uvd / (self.image_size - 1, self.image_size - 1, cube_mm)
-            if augmentation != Augmentation() and not on_grid(uvd[:, :2], self.label_size).all():
-                return None
-            if augmentation == Augmentation() and not on_grid(uvd[:, :2], USABLE_GRID).all():
-                raise FrameError(self.frame_path(index), "a joint lies outside the heatmap grid")
-
-        known = prepare_crop(
-            frame,
+            box_px = box_size_px(d, hand.cube_mm, self.camera)
+            joints = joints_to_crop(hand.joints_uvd, com, box_px, self.image_size)
+            uvd = augment_joints(joints, augmentation)
+            uvd = uvd / (self.image_size - 1, self.image_size - 1, hand.cube_mm)
+            # Whether a frame is usable must not depend on the network's size.
+            grid = LABEL_SIZE if augmentation == PLAIN else self.label_size
+            if not on_grid(uvd[:, :2], grid).all():
+                raise ValueError("a joint lies outside the heatmap grid")
+            uvd = to_tensor(uvd)
+        crop = prepare_crop(
+            hand.frame,
             com,
-            cube_mm,
+            hand.cube_mm,
             self.camera,
-            window=window,
+            window=hand.window,
             image_size=self.image_size,
             label_size=self.label_size,
             augmentation=augmentation,
         )
-        return known if self.test_only else self._with_targets(known, to_tensor(uvd))
+        return crop, uvd
 
-    def _with_targets(self, known, uvd):
-        if not self.targets:
-            return Sample(*known, uvd, torch.empty(0), torch.empty(0))
-        heatmaps, depthmaps = spatial_form(
-            uvd[None], known.label_img[None], known.mask[None], self.kernel_size, self.sigmoid
-        )
-        return Sample(*known, uvd, heatmaps[0], depthmaps[0])
+    def line(self, index):
+        """Return the IndexLine of frame `index`. Raises FrameError where the line names no frame.
 
-    def _box(self, index, center_uvd, cube_mm):
-        try:
-            return box_size_px(center_uvd[2], cube_mm, self.camera)
-        except ValueError as error:
-            raise FrameError(self.frame_path(index), str(error)) from None
-
-    def load(self, index):
-        """Return what a sample is made of: frame, centre (uvd), window, labels [J, 3] uvd (test_only: None).
-
-        From the crop cache where there is one, else from the files. Raises FrameError.
+        The prefix of its path up to the data set's own folder is not trusted.
         """
-        crop = self.cache.read(self.cache_key(index), self.frame_path(index)) if self.cache else None
-        if crop is None or crop.joints_uvd is None and not self.test_only:
-            return *self.locate(index), None if self.test_only else self.joints_uvd(index)
-        return crop.frame, crop.center_uvd, None, crop.joints_uvd
+        path_text, suffix, numbers = self.lines[index].rpartition(self.suffix)
+        parts = (path_text + suffix).replace("\\", "/").split("/")[-self.path_parts :]
+        if not suffix or ".." in parts:
+            wrong = "leads out of the data set's folder" if suffix else f"names no {self.suffix} file"
+            raise FrameError(f"{self.root / self.index_name()} line {index + 1}", wrong)
+        return IndexLine(self.frames_folder().joinpath(*parts), numbers, line_key("/".join(parts) + numbers))
 
-    def cache_name(self):
-        """Return the name of the crop cache that holds this split's frames."""
-        return f"{'train' if self._trains() else 'test'}.cache"
-
-    def cache_key(self, index):
-        """Return the key of frame `index`: its index line without the prefix that is not trusted."""
-        path_text, numbers = self._fields(index)
-        return line_key("/".join(path_text.split("/")[-self.path_parts :]) + numbers)
-
-    def cache_frames(self, indices):
-        """Yield (cache key, path) of those frames whose index line names a file."""
-        for index in indices:
-            with suppress(FrameError):
-                yield self.cache_key(index), self.frame_path(index)
-
-    def cache_settings(self):
-        """Return what a cache must have been made with to serve this split, as JSON holds it."""
-        centers = [] if self.margin_mm is None else [file.path for file in self._center_files]
-        return {
-            "dataset": self.name,
-            "camera": list(self.camera),
-            "cube": float(self.cube_size),
-            "margin": self.margin_mm,
-            "joints": self.joint_number,
-            "centre file": file_digest(centers),
-        }
-
-    def _open_cache(self):
-        path = self.root / self.cache_name()
-        if not path.is_file():
-            return None
-        spread = np.linspace(0, len(self) - 1, min(len(self), CHECKED_FRAMES), dtype=int).tolist()
-        return open_cache(path, self.cache_settings(), self.cache_frames(spread))
-
-    def locate(self, index):
-        """Return a frame, its hand's centre (uvd) and the window (Rect or None) that is not zeroed."""
-        frame = self.read(index)
-        if self.margin_mm is None:
-            return frame, self._center_of_mass(index, frame), None
-        center_uvd = self.center_uvd(index)
-        self._box(index, center_uvd, self.cube_of(index))
-        return frame, center_uvd, window_around(center_uvd, self.cube_of(index) - self.margin_mm, self.camera)
-
-    def _center_of_mass(self, index, frame):
-        try:
-            return center_of_mass(frame)
-        except ValueError as error:
-            raise FrameError(self.frame_path(index), str(error)) from None
-
-    def refusal(self, index):
-        """Return why frame `index` cannot be used, or None where it can."""
-        try:
-            sample = self.sample(index)
-        except FrameError as error:
-            return error.reason
-        background = (sample.mask[0] == 0).numpy().astype(np.uint8)
-        if background.size - background.sum() < MIN_HAND_PIXELS:
-            return f"fewer than {MIN_HAND_PIXELS} hand pixels in the crop"
-        if not self.test_only:
-            places = grid_position(sample.uvd[:, :2], self.label_size).round().long()
-            columns, rows = places.clamp(0, self.label_size - 1).T
-            off_px = cv2.distanceTransform(background, cv2.DIST_L2, 5)[rows, columns].max()
-            if off_px * 2 * self.cube_of(index) / (self.label_size - 1) > MAX_OFF_HAND_MM:
-                return f"a joint lies outside the hand, over {MAX_OFF_HAND_MM} mm from every hand pixel"
-        return None
+    def frames_folder(self):
+        """Return the folder that the paths of index lines start from."""
+        return self.root
 
     def frame_path(self, index):
-        """Return where frame `index` lies; of the index line's path only the data set's part is used."""
-        latest = self._latest_path
-        if latest[0] != index:
-            self._latest_path = latest = index, self._resolve(self._fields(index)[0])
-        return latest[1]
+        """Return where frame `index` lies. Raises FrameError where its index line names none."""
+        return self.line(index).path
 
-    def _resolve(self, path_text):
-        return self.root.joinpath(*path_text.split("/")[-self.path_parts :])
+    def load(self, line):
+        """Return the HandFrame of an IndexLine, from the crop cache where there is one, else from the files.
 
-    def _fields(self, index):
-        """Split an index line into its path and the text of its numbers."""
-        path_text, suffix, numbers = self.lines[index].rpartition(self.suffix)
-        if not suffix:
-            raise FrameError(
-                f"{self.root / self.index_name()} line {index + 1}", f"names no {self.suffix} file"
-            )
-        return path_text + suffix, numbers
+        Raises FrameError, and ValueError where a centre or a crop is impossible.
+        """
+        cached = self.cache.read(line, self.frame_cube_mm(line)) if self.cache else None
+        if cached is not None and (self.test_only or cached.joints_uvd is not None):
+            return cached
+        hand = self.locate(line)
+        return hand if self.test_only else hand._replace(joints_uvd=self.joints_uvd(line))
 
-    def joints(self, index):
-        """Return the labels of frame `index`, [J, 3], uvd or (MSRA, HAND17) xyz in mm."""
-        numbers = parse_numbers(
-            self._fields(index)[1], 3 * self.joint_number, self.frame_path(index), "the label"
-        )
-        return numbers.reshape(-1, 3)
+    def locate(self, line):
+        """Return the HandFrame of an IndexLine without its labels; raises what `load` raises."""
+        frame, cube_mm = self.read(line), self.frame_cube_mm(line)
+        if self.margin_mm is None:
+            return HandFrame(frame, center_of_mass(frame), cube_mm)
+        center_uvd = self.center_uvd(line)
+        window = window_around(center_uvd, cube_mm - self.margin_mm, self.camera)
+        # As in the published programs, which take twice the principal point for the picture's size.
+        window = window.intersect(Rect(0, 0, int(2 * self.camera.u0), int(2 * self.camera.v0)))
+        return HandFrame(frame, center_uvd, cube_mm, window)
 
-    def joints_uvd(self, index):
-        """Return the labels of frame `index`, [J, 3], uvd."""
-        joints = self.joints(index)
+    def frame_cube_mm(self, line):
+        """Return half the edge of the cube around the hand of a frame, mm."""
+        return self.cube_mm
+
+    def read(self, line):
+        """Decode the frame of an IndexLine to a Frame in mm. Raises FrameError."""
+        depth = read_png(line.path, self.picture_px)
+        if depth.dtype != np.uint16 or depth.ndim != 2:
+            raise FrameError(line.path, f"expected a 16-bit depth picture, found {depth.dtype} {depth.shape}")
+        return Frame(depth)
+
+    def joints(self, line):
+        """Return the labels of an IndexLine, [J, 3], uvd or (MSRA, HAND17) xyz in mm. Raises FrameError."""
+        return parse_numbers(line.numbers, 3 * self.joint_number, line.path, "the label").reshape(-1, 3)
+
+    def joints_uvd(self, line):
+        """Return the labels of an IndexLine, [J, 3], uvd. Raises FrameError."""
+        joints = self.joints(line)
         if self.labels_frame == "uvd":
             return joints
         if (joints[:, 2] <= 0).any():
-            raise FrameError(self.frame_path(index), "the label has a joint behind the camera")
+            raise FrameError(line.path, "the label has a joint behind the camera")
         return self.xyz2uvd(joints)
 
-    def cube_of(self, index):
-        """Return half the edge of the cube around the hand of frame `index`, mm."""
-        return float(self.cube_size)
-
-    def read(self, index):
-        """Decode frame `index` to a Frame in mm. Raises FrameError."""
-        path = self.frame_path(index)
-        return Frame(self._checked(path, self.decode(path)))
-
-    def decode(self, path):
-        """Return a frame's depth, uint16 [H, W] mm, as its file holds it."""
-        return read_png(path)
-
-    def _checked(self, path, depth):
-        width, height = self.image_size_px
-        if depth.dtype != np.uint16 or depth.ndim != 2:
-            raise FrameError(path, f"expected a 16-bit depth picture, found {depth.dtype} {depth.shape}")
-        if depth.shape != (height, width):
-            raise FrameError(path, f"expected {width}x{height} px, found {depth.shape[1]}x{depth.shape[0]}")
-        return depth
-
-    def center_uvd(self, index):
-        """Return the centre file's uvd for frame `index`. Raises FrameError where it has none."""
-        frame, line = self.frame_path(index), self.center_line(index)
-        if line is None or not 0 <= line < len(self._center_files[0]):
-            raise FrameError(frame, "the centre file has no line for this frame")
-        text = self._center_files[0][line]
-        if text == "invalid":
-            raise FrameError(frame, "no hand was found in it, says the centre file")
-        center_uvd = parse_numbers(text, 3, frame, "the centre")
-        if center_uvd[2] <= 0 or max(map(abs, center_uvd.tolist())) > MAX_CENTER:
-            raise FrameError(frame, "the centre is impossible: {:g} {:g} {:g}".format(*center_uvd))
-        return center_uvd
-
-    def center_files(self, computed):
-        """Return the files that give this split's centres: those that others distribute, or computed ones."""
-        split = "train" if self._trains() else "test"
-        return [self.root / f"{self.center_prefix}_center_{split}{'_computed' if computed else ''}.txt"]
-
     @cached_property
-    def _center_files(self):
-        for computed in (False, True):
-            files = self.center_files(computed)
-            if all(path.is_file() for path in files):
-                return [LineFile(path) for path in files]
-        missing = next(path for path in self.center_files(computed=False) if not path.is_file())
-        raise UserError(
-            f"{missing} not found: put it there, or run `{check_command(self.name, self.root)} --force`, "
-            "which computes centres from the frames"
-        )
+    def centers(self):
+        """The LineFiles that hold the centres, opened when they are asked for."""
+        return open_centers(self)
 
-    def _trains(self):
-        return self.split == "train"
+    def center_names(self):
+        """Return the names of the files that hold this split's centres."""
+        return [f"{self.center_prefix}_center_{'train' if self.trains else 'test'}.txt"]
 
-    def center_line(self, index):
-        """Return the zero-based line of the centre file for frame `index`."""
-        return self.number(index) - 1
+    def center_uvd(self, line):
+        """Return the centre file's uvd for an IndexLine. Raises FrameError where it has none."""
+        number = self.center_line(line)
+        if number is None or not 0 <= number < len(self.centers[0]):
+            raise FrameError(line.path, "the centre file has no line for this frame")
+        return parse_center(self.centers[0][number], line.path)
 
-    def number(self, index):
-        """Return the number in the name of frame `index`."""
-        path = self.frame_path(index)
-        digits = path.stem.rpartition("_")[2].lstrip("D")
-        if not digits.isdecimal():
-            raise FrameError(path, "the name holds no frame number")
-        return int(digits)
+    def center_line(self, line):
+        """Return the zero-based line of the centre file for an IndexLine; None where it has none."""
+        return frame_number(line.path) - 1
 
     def xyz2uvd(self, xyz):
         """Project camera-frame mm [..., 3] to (column px, row px, depth mm)."""
@@ -394,11 +297,60 @@ class HandDataset(Dataset):
         return recover_uvd(uvd, batch.box_size, batch.cube_size, batch.com)
 
 
+def open_index(dataset):
+    """Return the lines of a split's index. Raises UserError where it is missing."""
+    path = dataset.root / dataset.index_name()
+    if not path.is_file():
+        raise UserError(f"{path} not found: run `{check_command(dataset.name, dataset.root)}` first")
+    return LineFile(path, skip_blank=True)
+
+
+def frame_number(path):
+    """Return the number in a frame's name. Raises FrameError where there is none."""
+    digits = path.stem.rpartition("_")[2].lstrip("D")
+    if not digits.isdecimal():
+        raise FrameError(path, "the name holds no frame number")
+    return int(digits)
+
+
+def parse_center(text, path):
+    """Return the centre (uvd) that a line of a centre file gives the frame at `path`. Raises FrameError."""
+    if text == "invalid":
+        raise FrameError(path, "no hand was found in it, says the centre file")
+    center_uvd = parse_numbers(text, 3, path, "the centre")
+    if center_uvd[2] < 1e-3 or max(map(abs, center_uvd.tolist())) > MAX_CENTER:
+        raise FrameError(path, "the centre is impossible: {:g} {:g} {:g}".format(*center_uvd))
+    return center_uvd
+
+
+def computed_name(name):
+    """Return the name of the file that check_dataset computes where a centre file is missing."""
+    return name.replace(".txt", "_computed.txt")
+
+
+def open_centers(dataset):
+    """Return a split's LineFiles of `center_names`: those that others distribute, or else computed ones.
+
+    Empty for a data set without centre files. Raises UserError where there are neither.
+    """
+    if dataset.margin_mm is None:
+        return []
+    names = dataset.center_names()
+    for candidates in (names, [computed_name(name) for name in names]):
+        if all((dataset.root / name).is_file() for name in candidates):
+            return [LineFile(dataset.root / name) for name in candidates]
+    missing = next(name for name in names if not (dataset.root / name).is_file())
+    raise UserError(
+        f"{dataset.root / missing} not found: put it there, or run "
+        f"`{check_command(dataset.name, dataset.root)} --force`, which computes centres from the frames"
+    )
+
+
 class NYUDataset(HandDataset):
     """NYU Hand Pose (Tompson et al. 2014): camera 0, 14 of the 36 joints."""
 
     name = "NYU"
-    camera, image_size_px = PRESETS["NYU"].camera, PRESETS["NYU"].size_px
+    camera, picture_px = PRESETS["NYU"].camera, PRESETS["NYU"].size_px
     cube_mm = 150.0
     margin_mm = 40.0
     joint_number = 14
@@ -408,24 +360,24 @@ class NYUDataset(HandDataset):
     # one frame late, and parity needs that.
     late_after, late_cube_mm = 2441, 125.0
 
-    def cube_of(self, index):
+    def frame_cube_mm(self, line):
         """Return half the cube's edge, mm: smaller for the second test person."""
-        late = self.split != "train" and self.number(index) > self.late_after
-        return self.late_cube_mm if late else float(self.cube_size)
+        late = self.split != "train" and frame_number(line.path) > self.late_after
+        return self.late_cube_mm if late else self.cube_mm
 
-    def decode(self, path):
-        """Return depth = 256 * green + blue as a uint16 [H, W] view of the decoded picture."""
-        image = read_png(path)
+    def read(self, line):
+        """Decode the frame of an IndexLine to a Frame in mm: 256 * green + blue. Raises FrameError."""
+        image = read_png(line.path, self.picture_px)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise FrameError(path, f"expected an 8-bit RGB picture, found {image.dtype} {image.shape}")
-        return unpack_rgb(image)
+            raise FrameError(line.path, f"expected an 8-bit RGB picture, found {image.dtype} {image.shape}")
+        return Frame(unpack_rgb(image))
 
 
 class ICVLDataset(HandDataset):
     """ICVL (Tang et al. 2014): 16 joints, the unrotated training frames."""
 
     name = "ICVL"
-    camera, image_size_px = PRESETS["ICVL"].camera, PRESETS["ICVL"].size_px
+    camera, picture_px = PRESETS["ICVL"].camera, PRESETS["ICVL"].size_px
     cube_mm = 125.0
     margin_mm = 30.0
     joint_number = 16
@@ -434,23 +386,22 @@ class ICVLDataset(HandDataset):
     center_prefix = "icvl"
     first_sequence = 702
 
-    def center_line(self, index):
-        """Return the centre's line: listed by path in training, by image number in the two test sequences."""
-        if self._trains():
-            return self._train_lines.get("/".join(self.frame_path(index).parts[-2:]))
-        late = self.frame_path(index).parent.name == "test_seq_2"
-        return self.number(index) + (self.first_sequence if late else 0)
+    def center_names(self):
+        """Return the centre file's name; in training that of the list of their frames too."""
+        return super().center_names() + ["icvl_train_list.txt"] * self.trains
 
-    def center_files(self, computed):
-        """Return the centre file; in training also the list of its frames, without which it is of no use."""
-        files = super().center_files(computed)
-        return files + [self.root / f"icvl_train_list{'_computed' if computed else ''}.txt"] * self._trains()
+    def center_line(self, line):
+        """Return the centre's line: listed by path in training, by image number in the two test sequences."""
+        if self.trains:
+            return self._train_lines.get("/".join(line.path.parts[-2:]))
+        late = line.path.parent.name == "test_seq_2"
+        return frame_number(line.path) + (self.first_sequence if late else 0)
 
     @cached_property
     def _train_lines(self):
         lines = {}
-        for number, path in enumerate(self._center_files[1]):
-            lines.setdefault(path, number)
+        for number, path in enumerate(self.centers[1]):
+            lines.setdefault(path.replace("\\", "/"), number)
         return lines
 
 
@@ -458,7 +409,7 @@ class MSRADataset(HandDataset):
     """MSRA (Sun et al. 2015): nine subjects, one held out; 21 joints; the hand already cut out."""
 
     name = "MSRA"
-    camera, image_size_px = PRESETS["MSRA"].camera, PRESETS["MSRA"].size_px
+    camera, picture_px = PRESETS["MSRA"].camera, PRESETS["MSRA"].size_px
     cube_mm = 125.0
     joint_number = 21
     config = [[0, 17, 18, 19, 20], [0, 1, 2, 3, 4], [0, 5, 6, 7, 8], [0, 9, 10, 11, 12], [0, 13, 14, 15, 16]]
@@ -479,28 +430,25 @@ class MSRADataset(HandDataset):
 
     def cache_name(self):
         """Return the name of the one crop cache of all subjects, which every fold shares."""
-        return "frames.files.cache"
+        return "frames.cache"
 
-    def read(self, index):
-        """Decode the rectangle that the file of frame `index` holds; the rest of the picture is zero."""
-        return self.decode(self.frame_path(index))
-
-    def decode(self, path):
-        """Return the Frame that a file holds: a rectangle of the picture. Raises FrameError."""
-        return read_bin(path, self.image_size_px)
+    def read(self, line):
+        """Return the rectangle of the picture that the file of an IndexLine holds. Raises FrameError."""
+        return read_bin(line.path, self.picture_px)
 
 
 class HAND17Dataset(HandDataset):
     """HANDS 2017 frame-based task (Yuan et al. 2017): 21 joints, no test labels."""
 
     name = "HAND17"
-    camera, image_size_px = PRESETS["HAND17"].camera, PRESETS["HAND17"].size_px
+    camera, picture_px = PRESETS["HAND17"].camera, PRESETS["HAND17"].size_px
     cube_mm = 150.0
     margin_mm = 40.0
     joint_number = 21
     config = [[0, 1, 6, 7, 8], [0, 2, 9, 10, 11], [0, 3, 12, 13, 14], [0, 4, 15, 16, 17], [0, 5, 18, 19, 20]]
     labels_frame = "xyz"
     center_prefix = "hands17"
+    path_parts = 1
     process_modes = ("uvd", "bb")
 
     def __init__(self, **options):
@@ -510,23 +458,22 @@ class HAND17Dataset(HandDataset):
                 "HAND17's test frames have no labels: construct the test split with test_only=True"
             )
 
-    def _resolve(self, path_text):
-        return self.root.joinpath("frame" if self.split == "test" else "training", "images", path_text)
-
-    def _trains(self):
+    @property
+    def trains(self):
+        """Whether the frames are those that were recorded for training: validation frames too."""
         return self.split != "test"
 
-    def locate(self, index):
-        """Return frame, centre and window; in `bb` mode the centre of mass inside the bounding box."""
+    def frames_folder(self):
+        """Return the folder of the split's frames, whose index lines hold bare names."""
+        return self.root / ("frame" if self.split == "test" else "training") / "images"
+
+    def locate(self, line):
+        """Return the HandFrame; in `bb` mode of the centre of mass inside the bounding box."""
         if self.process_mode == "uvd":
-            return super().locate(index)
-        path = self.frame_path(index)
-        bbox = parse_numbers(self._fields(index)[1], 4, path, "the bounding box")
-        try:
-            frame = cut_bounding_box(self.read(index), bbox)
-            return frame, center_of_mass(frame), None
-        except ValueError as error:
-            raise FrameError(path, str(error)) from None
+            return super().locate(line)
+        bbox = parse_numbers(line.numbers, 4, line.path, "the bounding box")
+        frame = cut_bounding_box(self.read(line), bbox)
+        return HandFrame(frame, center_of_mass(frame), self.cube_mm)
 
 
 DATASETS = {cls.name: cls for cls in (NYUDataset, ICVLDataset, MSRADataset, HAND17Dataset)}
@@ -545,6 +492,6 @@ def test_labels_uvd(name, data_dir=None, subject=None):
         folds = [{"subject": s} for s in (range(MSRADataset.subjects) if subject is None else [subject])]
     labels = []
     for fold in folds:
-        frames = DATASETS[name](path=data_dir, dataset="test", test_only=True, **fold)
-        labels += [frames.joints_uvd(index) for index in range(len(frames))]
+        dataset = DATASETS[name](path=data_dir, dataset="test", test_only=True, **fold)
+        labels += [dataset.joints_uvd(dataset.line(index)) for index in range(len(dataset))]
     return np.stack(labels)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from annotations import build_cache, build_index
+from check_dataset import build_cache, build_index
 from datasets import HAND17Dataset
 from engine.checkpoints import load_network
 from engine.loops import picture_of
@@ -46,9 +46,11 @@ def mean_pose(train_set, test_set):
     """Return the joints [N, J, 3] xyz that the mean training pose gives at each test frame's centre, mm."""
 
     def centers(frames):
-        return frames.uvd2xyz(np.stack([frames.center_uvd(index) for index in range(len(frames))]))
+        return frames.uvd2xyz(
+            np.stack([frames.center_uvd(frames.line(index)) for index in range(len(frames))])
+        )
 
-    joints_xyz = np.stack([train_set.joints(index) for index in range(len(train_set))])
+    joints_xyz = np.stack([train_set.joints(train_set.line(index)) for index in range(len(train_set))])
     pose = (joints_xyz - centers(train_set)[:, None]).mean(axis=0)
     return centers(test_set)[:, None] + pose
 

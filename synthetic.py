@@ -25,7 +25,7 @@ import scipy.io
 import torch
 from tqdm import tqdm
 
-from annotations import MSRA_GESTURES
+from check_dataset import MSRA_GESTURES
 from frames.transforms import xyz2uvd
 from rendering.hand import joints_xyz
 from rendering.scene import SCENE_COLUMNS, SENSORS, Sensor, draw_scenes, measure, render_scene

@@ -1,7 +1,8 @@
-"""Reading index lines and depth frames; what is wrong with one is said in a FrameError."""
+"""Reading text lines and depth frames; what is wrong with a frame is said in a FrameError."""
 
 import math
 import os
+import struct
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -12,11 +13,22 @@ import numpy as np
 from frames.transforms import Frame
 from utils import UserError
 
-# A PNG's last chunk: its name and the checksum of nothing.
-PNG_END = b"IEND\xaeB`\x82"
+# A PNG begins with its signature and the chunk that holds width and height; its last chunk is a name and
+# the checksum of nothing.
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", b"IEND\xaeB`\x82"
+
+# Beyond any camera's picture; a file of some MB can claim a hundred times as many.
+MAX_PICTURE_PX = 1 << 25
 
 # Neither px nor mm, and as float32 its square is still a number.
 MAX_NUMBER = 1e9
+
+# How a text file may begin, and what it is then: encoding and the type of its units.
+BYTE_ORDER_MARKS = {
+    b"\xef\xbb\xbf": ("utf-8", "u1"),
+    b"\xff\xfe": ("utf-16-le", "<u2"),
+    b"\xfe\xff": ("utf-16-be", ">u2"),
+}
 
 
 class FrameError(UserError):
@@ -30,31 +42,49 @@ class FrameError(UserError):
         return FrameError, (self.frame, self.reason)
 
 
+def open_for_reading(path):
+    """Return the descriptor of a file, to be closed, for `read_at`."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def read_at(file, size, offset):
+    """Return `size` bytes, fewer at the file's end, from `offset` of a descriptor."""
+    if hasattr(os, "pread"):  # processes that were forked share a file's position
+        return os.pread(file, size, offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    return os.read(file, size)
+
+
 class LineFile:
-    """The lines of a text file, each read when it is asked for.
+    """The lines of a text file, UTF-8 or (with a byte order mark) UTF-16, each read when it is asked for.
 
     A million lines cost sixteen bytes each, and a worker that is handed a LineFile opens the file
-    anew. No memory map, which would crash the process once the file is cut short. Raises UserError
-    where the file is missing or empty.
+    anew. No memory map, which would crash the process once the file is cut short. Bytes that are no
+    text come back as `os.fsencode` takes them. Raises UserError where the file is missing or empty.
     """
 
     def __init__(self, path, skip_blank=False):
         self.path, self.skip_blank = Path(path), skip_blank
         try:
-            self._file = os.open(self.path, os.O_RDONLY)
+            self._file = open_for_reading(self.path)
             weakref.finalize(self, os.close, self._file)
-            newlines, size = [], 0
-            while block := os.pread(self._file, 1 << 24, size):
-                newlines.append(size + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
+            head = read_at(self._file, 3, 0)
+            mark = next(filter(head.startswith, BYTE_ORDER_MARKS), b"")
+            encoding, unit = BYTE_ORDER_MARKS.get(mark, ("utf-8", "u1"))
+            width, newlines, size = np.dtype(unit).itemsize, [], len(mark)
+            while block := read_at(self._file, 1 << 24, size):
+                units = np.frombuffer(block, unit, len(block) // width)
+                newlines.append(size + width * np.flatnonzero(units == ord("\n")))
                 size += len(block)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        if not size:
+        if size == len(mark):
             raise UserError(f"{path} is empty: replace it or build it again")
         ends = np.concatenate([*newlines, [size]])
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        # A last newline ends a line and begins none; one byte or none is a blank (or "\r") line.
-        keep = ends - starts > 1 if skip_blank else starts < size
+        starts = np.concatenate([[len(mark)], ends[:-1] + width])
+        self._decoding = encoding, "surrogateescape" if encoding == "utf-8" else "replace"
+        # A last newline ends a line and begins none; one character or none is a blank (or "\r") line.
+        keep = ends - starts > width if skip_blank else starts < size
         self._spans = np.stack([starts, ends], axis=1)[keep]
         if len(self._spans) == 0:
             raise UserError(f"{path} holds only blank lines: replace it or build it again")
@@ -64,7 +94,7 @@ class LineFile:
 
     def __getitem__(self, index):
         start, end = self._spans[index].tolist()
-        return os.pread(self._file, end - start, start).decode("utf-8", "replace").strip()
+        return read_at(self._file, end - start, start).decode(*self._decoding).strip()
 
     def __reduce__(self):
         return LineFile, (self.path, self.skip_blank)
@@ -76,14 +106,20 @@ def unpack_rgb(image):
     return np.ndarray(image.shape[:2], "<u2", image, strides=image.strides[:2])
 
 
-def read_png(path):
+def read_png(path, size_px=None):
     """Decode a PNG as it is stored: [H, W] or [H, W, 3] (blue, green, red).
 
-    Raises FrameError where the file is missing, empty, cut short or no picture.
+    Raises FrameError where the file is missing, empty, cut short, no PNG, or not of `size_px`
+    (width, height), which is looked at before the pixels are unpacked.
     """
     data = read_bytes(path)
-    if data.rfind(PNG_END) < 0:
+    if not data.startswith(PNG_START) or data.rfind(PNG_END) < 0:
         raise FrameError(path, "the PNG is cut short or is no PNG")
+    width, height = struct.unpack_from(">II", data, len(PNG_START))
+    if size_px not in (None, (width, height)):
+        raise FrameError(path, f"expected {size_px[0]}x{size_px[1]} px, found {width}x{height}")
+    if width * height > MAX_PICTURE_PX:
+        raise FrameError(path, f"{width}x{height} px are more than any depth camera has")
     return decode_picture(path, data)
 
 

@@ -5,7 +5,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from frames.transforms import Augmentation, augment_image, box_size_px, crop_hand, resize
+from frames.transforms import Augmentation, Frame, Rect, augment_image, box_size_px, crop_hand, resize
+
+MIN_HAND_PIXELS = 10
+
+# The published sizes: on these a frame is judged, so that its use does not depend on the network's.
+IMAGE_SIZE, LABEL_SIZE = 128, 64
+
+
+class HandFrame(NamedTuple):
+    """What a sample is made of: a frame, the hand's middle (uvd) and half the edge of the cube around it.
+
+    Pixels outside `window` count as empty; None: all count. `joints_uvd` is [J, 3], or None where unknown.
+    """
+
+    frame: Frame
+    center_uvd: np.ndarray
+    cube_mm: float
+    window: Rect | None = None
+    joints_uvd: np.ndarray | None = None
 
 
 class Sample(NamedTuple):
@@ -44,29 +62,40 @@ def prepare_crop(
     camera,
     *,
     window=None,
-    image_size=128,
-    label_size=64,
+    image_size=IMAGE_SIZE,
+    label_size=LABEL_SIZE,
     augmentation=Augmentation(),  # noqa: B008 (a named tuple cannot change)
 ):
     """Return the network's input for one hand, an UnlabelledSample.
 
     `frame` is a Frame in mm, `center_uvd` the hand's middle (column px, row px, depth mm; column and
     row are truncated), `cube_mm` half the edge of the cube around it. Pixels outside `window` (a
-    Rect) count as empty. Raises ValueError for an impossible depth of the centre.
+    Rect) count as empty. Raises ValueError for an impossible depth of the centre, and where too few
+    pixels of a hand are in the crop.
     """
     box_px = box_size_px(center_uvd[2], cube_mm, camera)
     com = np.array([int(center_uvd[0]), int(center_uvd[1]), center_uvd[2]])
-    image = resize(crop_hand(frame, com, box_px, cube_mm, window), image_size)
-    image = augment_image(image, augmentation)
-    label_image = resize(image, label_size)
+    crop = crop_hand(frame, com, box_px, cube_mm, window)
+    image, label_image = _pictures(crop, augmentation, image_size, label_size)
+    enough = np.count_nonzero(label_image) >= MIN_HAND_PIXELS and label_size <= LABEL_SIZE
+    if not enough:
+        _, judged = _pictures(crop, augmentation, IMAGE_SIZE, LABEL_SIZE)
+        if np.count_nonzero(judged) < MIN_HAND_PIXELS:
+            raise ValueError(f"fewer than {MIN_HAND_PIXELS} hand pixels in the crop")
     return UnlabelledSample(
-        _picture(image / np.float32(cube_mm)),
-        _picture(label_image / np.float32(cube_mm)),
-        _picture(label_image != 0),
+        _channel(image / np.float32(cube_mm)),
+        _channel(label_image / np.float32(cube_mm)),
+        _channel(label_image != 0),
         to_tensor(box_px),
         to_tensor(cube_mm),
         to_tensor(com),
     )
+
+
+def _pictures(crop, augmentation, image_size, label_size):
+    """Return a crop, augmented, at both sizes."""
+    image = augment_image(resize(crop, image_size), augmentation)
+    return image, resize(image, label_size)
 
 
 def to_tensor(values):
@@ -75,5 +104,5 @@ def to_tensor(values):
     return torch.from_numpy(np.asarray(values, np.float32))
 
 
-def _picture(image):
+def _channel(image):
     return to_tensor(image[None])

@@ -108,10 +108,12 @@ def box_size_px(center_d_mm, cube_mm, camera):
     if not (np.isfinite(center_d_mm) and center_d_mm > 0):
         raise ValueError(f"centre depth {center_d_mm:g} mm is not a positive number")
     half_px = cube_mm / center_d_mm
-    box_px = 2 * (max(int(half_px * camera.fx + half_px * camera.fy), 2) // 2)
-    if box_px > MAX_BOX_PX:
-        raise ValueError(f"centre depth {center_d_mm:g} mm is too near: its crop would be {box_px} px wide")
-    return box_px
+    edge_px = half_px * camera.fx + half_px * camera.fy
+    if not edge_px < MAX_BOX_PX:
+        raise ValueError(
+            f"centre depth {center_d_mm:g} mm is too near: its crop would be {edge_px:.0f} px wide"
+        )
+    return 2 * (max(int(edge_px), 2) // 2)
 
 
 def crop_hand(frame, center_uvd, box_px, cube_mm, window=None):

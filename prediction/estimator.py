@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets import DATASETS, MIN_HAND_PIXELS
+from datasets import DATASETS
 from engine.batches import to_device
 from engine.checkpoints import load_network, resolve_device
 from engine.inference import prepare
@@ -171,8 +171,6 @@ class HandPoseEstimator:
         label_size = self.network.param["label_size"]
         sizes = {"image_size": 2 * label_size, "label_size": label_size}
         crop = prepare_crop(frame, center_uvd, self.cube_mm, camera, window=window, **sizes)
-        if crop.mask.sum() < MIN_HAND_PIXELS:
-            raise ValueError(f"fewer than {MIN_HAND_PIXELS} hand pixels in the crop")
         return Place(frame, camera, center_uvd, crop, again)
 
     @torch.inference_mode()

@@ -61,7 +61,7 @@ class Sensor(NamedTuple):
 
 
 def _of(name: str, **qualities) -> Sensor:
-    return Sensor(DATASETS[name].camera, DATASETS[name].image_size_px, **qualities)
+    return Sensor(DATASETS[name].camera, DATASETS[name].picture_px, **qualities)
 
 
 # NYU: Kinect 1; its frames say 2001 where nothing was measured. ICVL (its labels are those of left hands) and

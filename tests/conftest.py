@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from annotations import build_index
+from check_dataset import build_index
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from annotations import build_cache
+from check_dataset import build_cache
 from tools import benchmark
 from tools.benchmark import format_rows, timed, to_row
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ON_CPU, SMALL_NETWORK, expected, hidden_files
 
-from annotations import build_cache
+from check_dataset import build_cache, refusal
 from datasets import DATASETS
 from frames import cache
 from frames.cache import CropCache, write_cache
@@ -101,7 +101,7 @@ def test_fractions_of_a_millimetre_are_kept(fresh_indexed):
 
 def test_msra_folds_share_one_cache(cached):
     root = cached("MSRA")
-    assert [path.name for path in root.glob("*.cache")] == ["frames.files.cache"]
+    assert [path.name for path in root.glob("*.cache")] == ["frames.cache"]
     delete_frames(root)
     for subject in range(9):
         for split in splits("MSRA", root, subject=subject):
@@ -115,8 +115,8 @@ def test_refused_test_frames_are_refused_alike(cached):
     )
     assert with_cache.cache is not None
     for index in (0, 1000):
-        assert with_cache.refusal(index) == without.refusal(index)
-        assert without.refusal(index) is not None
+        assert refusal(with_cache, index) == refusal(without, index)
+        assert refusal(without, index) is not None
     assert_same(with_cache.sample(2441), without.sample(2441))
     assert float(with_cache.sample(2441).cube_size) == 125
 
@@ -135,11 +135,14 @@ def flip(path, at):
     path.write_bytes(data)
 
 
-def make_older(path):
-    """Turn the version in a cache's head, a little-endian number, into the one before."""
-    data = bytearray(path.read_bytes())
-    data[8] = cache.VERSION - 1
-    path.write_bytes(data)
+def make_older(root):
+    """Give a cache the number of the format before."""
+    path = root / "train.cache.npy"
+    with path.open("rb") as file:
+        settings, table = json.loads(np.load(file).item()), np.load(file)
+    with path.open("wb") as file:
+        np.save(file, np.array(json.dumps({**settings, "format": cache.VERSION - 1})))
+        np.save(file, table)
 
 
 def change_labels(root):
@@ -151,12 +154,15 @@ DAMAGES = {
     "cut short": lambda root: (root / "train.cache").write_bytes((root / "train.cache").read_bytes()[:-9]),
     "empty": lambda root: (root / "train.cache").write_bytes(b""),
     "another file": lambda root: shutil.copy(root / "train.txt", root / "train.cache"),
-    "magic": lambda root: flip(root / "train.cache", 0),
-    "version": lambda root: flip(root / "train.cache", 8),
-    "older version": lambda root: make_older(root / "train.cache"),
-    "header": lambda root: flip(root / "train.cache", 40),
-    "record": lambda root: [flip(root / "train.cache", at) for at in range(5000, 80000, 5000)],
-    "table": lambda root: flip(root / "train.cache", -1),
+    "record": lambda root: [flip(root / "train.cache", at) for at in range(4000, 74000, 5000)],
+    "no table": lambda root: (root / "train.cache.npy").unlink(),
+    "empty table": lambda root: (root / "train.cache.npy").write_bytes(b""),
+    "another table": lambda root: shutil.copy(root / "train.txt", root / "train.cache.npy"),
+    "magic of the table": lambda root: flip(root / "train.cache.npy", 0),
+    "settings": lambda root: flip(root / "train.cache.npy", 300),
+    "older format": make_older,
+    "table": lambda root: flip(root / "train.cache.npy", -1),
+    "cut table": lambda root: os.truncate(table := root / "train.cache.npy", table.stat().st_size - 9),
     "index": change_labels,
     "centre file": lambda root: (root / "nyu_center_train.txt").write_text("300 200 700\n" * 3),
 }

@@ -13,6 +13,7 @@ import pytest
 import scipy.io
 from conftest import GOLDEN, REPO, expected, hidden_files
 
+from check_dataset import refusal
 from datasets import DATASETS
 
 NAMES = sorted(DATASETS)
@@ -202,45 +203,6 @@ def test_a_signal_ends_all_its_processes_and_writes_nothing(number, fresh):
     assert not (root / "train.txt").exists() and not hidden_files(root)
 
 
-# A process that gets a signal in the middle of its first fork, where Python passes over what it raises.
-AT_FORK = """import os, sys
-import utils
-from engine.batches import batches_of, make_loader, over_frames
-from test_check_dataset import Numbers
-from engine.options import parse_test
-import torch
-
-sent = []
-os.register_at_fork(after_in_parent=lambda: sent or (sent.append(1), os.kill(os.getpid(), int(sys.argv[1]))))
-def check(): list(over_frames(Numbers.__getitem__, Numbers(), "check"))
-def load():
-    args = parse_test("", ["--num_workers", "2"])
-    list(batches_of(make_loader(Numbers(), range(6), args, torch.device("cpu"), 1)))
-sys.exit(utils.run({"check": check, "load": load}[sys.argv[2]]))
-"""
-
-
-class Numbers:
-    """Frames that are their own numbers."""
-
-    name, root = "numbers", "nowhere"
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        return index
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("work", ["check", "load"])
-def test_a_signal_in_the_middle_of_a_fork_is_not_lost(work, number):
-    paths = os.pathsep.join([str(REPO), str(REPO / "tests")])
-    command = [sys.executable, "-c", AT_FORK, str(int(number)), work]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, timeout=60)
-    assert done.returncode == 128 + number, done.stderr
-
-
 # Computed centres
 
 
@@ -264,7 +226,7 @@ def test_missing_centre_files_are_computed_and_said_to_be(name, fresh, script):
             found = np.array(computed[k].split(), float)
             assert np.abs(found - centers[k])[2] < 60, "within the hand"
     frames = DATASETS[name](path=root, dataset="val")
-    assert all(frames.refusal(index) is None for index in range(len(frames)))
+    assert all(refusal(frames, index) is None for index in range(len(frames)))
 
 
 def test_distributed_centres_go_before_computed_ones(fresh_indexed):
@@ -272,7 +234,7 @@ def test_distributed_centres_go_before_computed_ones(fresh_indexed):
     (root / "nyu_center_train_computed.txt").write_text("300 200 700\n" * 3)
     frames = DATASETS["NYU"](path=root, dataset="train")
     distributed = np.loadtxt(root / "nyu_center_train.txt")
-    np.testing.assert_array_equal([frames.center_uvd(index) for index in range(3)], distributed)
+    np.testing.assert_array_equal([frames.center_uvd(frames.line(index)) for index in range(3)], distributed)
 
 
 def test_icvl_centre_file_without_its_list_is_not_trusted(fresh, script):

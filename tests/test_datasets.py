@@ -10,7 +10,9 @@ import torch
 from conftest import expected
 from torch.utils.data import DataLoader
 
-from datasets import DATASETS, NYUDataset, test_labels_uvd
+from check_dataset import refusal
+from datasets import DATASETS, NYUDataset, frame_number, test_labels_uvd
+from frames import samples
 from frames.files import FrameError, LineFile
 from frames.samples import Sample, UnlabelledSample
 from frames.transforms import Augmentation
@@ -102,6 +104,12 @@ def test_labelled_test_samples_equal_all_golden_fields(name, indexed):
             np.testing.assert_allclose(getattr(sample, field).numpy(), array, atol=1e-5, rtol=0)
 
 
+def test_window_ends_at_twice_the_principal_point(indexed):
+    """A hand at the right edge, where HAND17's picture goes on for nine columns."""
+    sample = frames_of(indexed("HAND17_edge"), "test").sample(0)
+    assert_plain(sample, recorded(expected("HAND17_edge"), "test/0/plain/"))
+
+
 def test_bounding_box_samples_equal_golden(indexed):
     frames = frames_of(indexed("HAND17"), "test", process_mode="bb")
     for index in expected("HAND17")["test_index"]:
@@ -133,15 +141,15 @@ def test_decoded_joints_equal_golden(name, indexed):
 def test_second_nyu_person_gets_the_smaller_cube_one_frame_late(indexed):
     frames = frames_of(indexed("NYU_late"), "val")
     for index, number in enumerate((2441, 2442)):
-        assert frames.number(index) == number
+        assert frame_number(frames.frame_path(index)) == number
         assert_plain(frames[index], recorded(expected("NYU_late"), f"val/{number}/plain/"))
-    assert [frames.cube_of(index) for index in (0, 1)] == [150, 125]
+    assert [frames.frame_cube_mm(frames.line(index)) for index in (0, 1)] == [150, 125]
 
 
 def test_validation_frames_of_hand17_have_their_centres_in_the_training_file(indexed):
     root = indexed("HAND17")
     frames = frames_of(root, "val")
-    u, v, d = np.loadtxt(root / "hands17_center_train.txt")[frames.number(0) - 1]
+    u, v, d = np.loadtxt(root / "hands17_center_train.txt")[frame_number(frames.frame_path(0)) - 1]
     np.testing.assert_allclose(frames.sample(0).com, (int(u), int(v), d), rtol=1e-6)
 
 
@@ -150,7 +158,7 @@ def test_real_frame_equals_what_the_released_programs_gave(shared, workplace):
     with np.load(shared / "real" / "nyu" / "expected_val_0.npz") as arrays:
         frames = NYUDataset(dataset="val", lines=[str(arrays["line"]).strip()])
         assert_plain(frames[0], recorded(arrays, "val/0/plain/"))
-        assert frames.refusal(0) is None
+        assert refusal(frames, 0) is None
 
 
 # Samples and batches
@@ -195,13 +203,23 @@ def test_a_joint_at_the_rim_is_used_at_any_label_size(label_size, indexed):
     assert sample.heatmaps.isfinite().all() and sample.depthmaps.isfinite().all()
 
 
+@pytest.mark.parametrize("label_size", [16, 64, 128])
 @pytest.mark.parametrize("pixels, refused", [(9, True), (10, False)])
-def test_ten_hand_pixels_are_enough(pixels, refused, indexed, monkeypatch):
-    frames = frames_of(indexed("NYU"), "test")
-    sample, mask = frames.sample(0), torch.zeros(1, 64, 64)
-    mask[0, 30, :pixels] = 1
-    monkeypatch.setattr(frames, "sample", lambda index: sample._replace(mask=mask))
-    assert (frames.refusal(0) is not None) == refused
+def test_ten_hand_pixels_are_enough(pixels, refused, label_size, indexed, monkeypatch):
+    """On the published grid, whatever the network's."""
+    frames = frames_of(indexed("NYU"), "test", label_size=label_size, image_size=2 * label_size)
+    hand = np.zeros((128, 128), np.float32)
+    hand[60:62, 40 : 40 + 2 * pixels] = 5
+    monkeypatch.setattr(samples, "crop_hand", lambda *_: hand)
+    assert (refusal(frames, 0) == "fewer than 10 hand pixels in the crop") == refused
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_an_empty_crop_is_no_sample(split, indexed, monkeypatch):
+    frames = frames_of(indexed("HAND17"), split)
+    monkeypatch.setattr(samples, "crop_hand", lambda *_: np.zeros((100, 100), np.float32))
+    with pytest.raises(FrameError, match="fewer than 10 hand pixels"):
+        frames[0, 1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,8 +232,13 @@ def test_labels_come_back_from_a_sample(indexed):
     for name in NAMES:
         frames = frames_of(indexed(name), "val")
         batch = Sample(*(field[None] for field in frames[0]))
-        np.testing.assert_allclose(frames.recover_uvd(batch.uvd, batch)[0], frames.joints_uvd(0), atol=1e-3)
-        np.testing.assert_allclose(frames.xyz2uvd(frames.uvd2xyz(frames.joints_uvd(0))), frames.joints_uvd(0))
+        np.testing.assert_allclose(
+            frames.recover_uvd(batch.uvd, batch)[0], frames.joints_uvd(frames.line(0)), atol=1e-3
+        )
+        np.testing.assert_allclose(
+            frames.xyz2uvd(frames.uvd2xyz(frames.joints_uvd(frames.line(0)))),
+            frames.joints_uvd(frames.line(0)),
+        )
 
 
 def test_test_labels_are_in_the_order_of_the_index(indexed):

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 
-from annotations import build_cache, build_index, sources
+from check_dataset import build_cache, build_index, open_parts, refusal
 from datasets import DATASETS
 from engine import checkpoints
 from engine.checkpoints import load_checkpoint, load_network, save_checkpoint
@@ -49,6 +49,7 @@ TARGETS = {
         "train/joint_data.mat",
         "train/*.png",
         "train.cache",
+        "train.cache.npy",
         "network.pt",
         "*_last.pt",
     ],
@@ -60,7 +61,7 @@ TARGETS = {
         "Training/Depth/*/*.png",
         "train.cache",
     ],
-    "MSRA": ["train_0.txt", "P0/1/joint.txt", "P1/*/*.bin", "frames.files.cache"],
+    "MSRA": ["train_0.txt", "P0/1/joint.txt", "P1/*/*.bin", "frames.cache"],
     "HAND17": [
         "train.txt",
         "hands17_center_train.txt",
@@ -176,15 +177,15 @@ def read_samples(frames, outcomes):
         except FrameError as error:
             assert_one_line(error)
             outcomes["refused"] += 1
-        reason = frames.refusal(index)
+        reason = refusal(frames, index)
         assert reason is None or "\n" not in reason
 
 
 def read_annotations(name, root, outcomes):
     """Read the official label files as the check does."""
-    for source in sources(name, root)[: 2 if name == "MSRA" else None]:
-        for index in range(min(len(source.frames), 4)):
-            outcomes["refused" if source.frames.refusal(index) else "sample"] += 1
+    for dataset in list(open_parts(name, root).values())[:2]:
+        for index in range(min(len(dataset), 4)):
+            outcomes["refused" if refusal(dataset, index) else "sample"] += 1
 
 
 def read_weights(_, root, outcomes):

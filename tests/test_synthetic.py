@@ -16,7 +16,7 @@ from conftest import ON_CPU, REPO, SMALL_NETWORK, run_process
 
 import demo
 import synthetic
-from annotations import build_index
+from check_dataset import build_index, refusal
 from datasets import DATASETS
 from frames.transforms import xyz2uvd
 from rendering.hand import joints_xyz
@@ -53,7 +53,7 @@ def test_the_checker_accepts_every_frame(layout, roots, tmp_path):
         options["test_only"] = True
     frames = DATASETS[layout](**options)
     assert len(frames) == COUNTS[layout][1]
-    assert all(frames.refusal(k) is None for k in range(len(frames)))
+    assert all(refusal(frames, k) is None for k in range(len(frames)))
     rejected = tmp_path / "rejected.txt"
     assert not rejected.exists() or not rejected.read_text().strip()
     mask = frames[0].mask
@@ -102,7 +102,7 @@ def test_labels_lie_just_under_the_measured_surface(layout, roots):
     )
     below_mm = []
     for k in range(len(frames)):
-        picture, joints = frames.read(k), frames.joints_uvd(k)
+        picture, joints = frames.read(frames.line(k)), frames.joints_uvd(frames.line(k))
         for u, v, d in joints:
             row, column = round(v) - picture.top, round(u) - picture.left
             if 0 <= row < picture.depth_mm.shape[0] and 0 <= column < picture.depth_mm.shape[1]:

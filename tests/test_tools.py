@@ -121,7 +121,7 @@ def test_augmented_tiles_show_other_crops(indexed):
 
 def test_hand17_predictions_are_read_in_the_camera_frame(indexed, tmp_path):
     dataset = show.DATASETS["HAND17"](path=indexed("HAND17"), dataset="val")
-    joints_xyz = np.stack([dataset.joints(index) for index in range(len(dataset))])
+    joints_xyz = np.stack([dataset.joints(dataset.line(index)) for index in range(len(dataset))])
     np.savetxt(tmp_path / "predictions.txt", joints_xyz.reshape(len(joints_xyz), -1), fmt="%.3f")
     joints_uvd = show.load_predictions(tmp_path / "predictions.txt", dataset)
     errors_mm = show.measure(dataset, joints_uvd)
@@ -130,7 +130,7 @@ def test_hand17_predictions_are_read_in_the_camera_frame(indexed, tmp_path):
 
 def test_predictions_are_shown_worst_first(indexed, tmp_path):
     dataset = show.DATASETS["ICVL"](path=indexed("ICVL"), dataset="test")
-    joints_uvd = np.stack([dataset.joints_uvd(index) for index in range(len(dataset))])
+    joints_uvd = np.stack([dataset.joints_uvd(dataset.line(index)) for index in range(len(dataset))])
     joints_uvd[1, :, 2] += 20
     joints_uvd[2] = 0  # as test.py writes what it could not read
     path = tmp_path / "predictions.txt"

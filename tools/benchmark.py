@@ -26,7 +26,7 @@ from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import synthetic
-from annotations import build_cache, build_index, sources
+from check_dataset import build_cache, build_index, open_parts, refusal
 from datasets import DATASETS
 from engine.batches import EpochSampler, batches_of, make_loader
 from engine.checkpoints import load_network, resolve_device
@@ -96,11 +96,11 @@ def loading_rows(name, root, repeats):
         DATASETS[name](path=root, dataset="train", targets=False, use_cache=use) for use in (False, True)
     )
     numbers = range(min(FRAMES, len(files)))
-    source = sources(name, root)[0].frames
+    source = next(iter(open_parts(name, root).values()))
     functions = [
         lambda: [decode_alone(files, i) for i in numbers],
         lambda: [files[i, i] for i in numbers],
-        lambda: [source.refusal(i % len(source)) for i in numbers],
+        lambda: [refusal(source, i % len(source)) for i in numbers],
     ]
     if cached.cache:
         functions.append(lambda: [cached[i, i] for i in numbers])

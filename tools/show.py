@@ -106,7 +106,7 @@ def measure(dataset, joints_uvd):
         if np.isnan(predicted_uvd).any():
             continue
         try:
-            true_xyz = dataset.uvd2xyz(dataset.joints_uvd(index))
+            true_xyz = dataset.uvd2xyz(dataset.joints_uvd(dataset.line(index)))
         except FrameError:
             continue
         predicted_xyz = dataset.uvd2xyz(predicted_uvd)
