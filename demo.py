@@ -25,7 +25,7 @@ from engine.training import open_splits
 from evaluate import plot_errors, read_joints
 from frames.drawing import draw_crop, write_picture
 from frames.transforms import joints_to_crop
-from synthetic import write_dataset
+from rendering.layouts import write_dataset
 from utils import UserError, run, usable_cores
 
 DATA = Path("Data", "synthetic", "HAND17")

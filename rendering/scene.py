@@ -1,15 +1,11 @@
-"""Scenes around synthetic hands (body, clutter, wall) and what a depth sensor makes of them, in torch."""
+"""Scenes around rendered hands: body, clutter and wall, in torch."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datasets import DATASETS
-from frames.cameras import PRESETS
-from frames.transforms import Camera
 from rendering.hand import (
     NOISE_COLUMNS,
     Hands,
@@ -20,11 +16,11 @@ from rendering.hand import (
     joints_xyz,
     move_to,
 )
+from rendering.sensor import NO_WALL_MM, Sensor
 from rendering.surface import Surface, build_surface, render_depth, render_pixels
 
 RELIEF = (6, 8)  # points of the folds in what is behind the hand
 SCENE_COLUMNS = NOISE_COLUMNS + 130  # uniform numbers of a scene
-NO_WALL_MM = 1e5
 CLUTTER = 4  # objects behind the hand, drawn as cones
 
 # Spheres of a body: elbow, near and far shoulder, two hips, neck, chin, crown, then two for each piece of
@@ -32,82 +28,6 @@ CLUTTER = 4  # objects behind the hand, drawn as cones
 BODY_RADII_MM = (36.0, 55.0, 55.0, 95.0, 95.0, 48.0, 62.0, 78.0)
 BODY_CONES = ((0, 1), (5, 6), (6, 7), *((8 + 2 * k, 9 + 2 * k) for k in range(CLUTTER)))
 BODY_WEDGES = ((1, 2, 3), (2, 3, 4), (1, 2, 5))
-
-
-class Sensor(NamedTuple):
-    """A depth camera, where hands are held before it, and how it fails.
-
-    Structured light measures in steps of disparity (`step_per_m2`, mm at 1 m; it and the noise grow with the
-    square of the depth: Khoshelham & Elberink 2012, Sensors 12(2):1437-1454) and leaves shadows,
-    `baseline_mm` times fx times the difference of 1/z wide. Time of flight leaves flying pixels instead.
-    """
-
-    camera: Camera
-    size_px: tuple  # width, height
-    hand_mm: tuple  # nearest and farthest middle of a hand
-    far_mm: float  # nothing is measured beyond
-    unit_mm: float = 1.0  # of the stored numbers
-    step_per_m2: float = 0.0
-    noise_per_m2: float = 2.0  # standard deviation at 1 m
-    baseline_mm: float = 0.0
-    edge_px: float = 0.8  # standard deviation of a silhouette's raggedness
-    gap_px: int = 0  # how wide a surface is not measured beside a nearer one
-    flying: float = 0.0  # share of edge pixels between the two surfaces
-    steepest: float = 5.0  # tangent of the slope at which half the pixels are missing
-    missing_mm: float = 0.0  # what stands where nothing was measured
-    body: float = 0.0  # share of frames with a body behind
-    wall: float = 0.0  # share of frames with a wall behind
-    left: float = 0.0  # share of left hands
-
-
-def _of(name: str, **qualities) -> Sensor:
-    return Sensor(DATASETS[name].camera, DATASETS[name].picture_px, **qualities)
-
-
-# NYU: Kinect 1; its frames say 2001 where nothing was measured. ICVL (its labels are those of left hands) and
-# MSRA: time of flight (Intel Creative). HAND17 and SR305: Intel RealSense SR300, SR305, coded light.
-SENSORS = {
-    "NYU": _of(
-        "NYU",
-        hand_mm=(550, 950),
-        far_mm=2000,
-        step_per_m2=2.85,
-        noise_per_m2=1.6,
-        baseline_mm=75,
-        edge_px=0.9,
-        gap_px=1,
-        steepest=7,
-        missing_mm=2001,
-        body=0.8,
-        wall=0.5,
-    ),
-    "ICVL": _of(
-        "ICVL", hand_mm=(250, 440), far_mm=600, noise_per_m2=14, edge_px=0.5, flying=0.25, body=0.15, left=1.0
-    ),
-    "MSRA": _of("MSRA", hand_mm=(260, 460), far_mm=600, noise_per_m2=14, edge_px=0.5, flying=0.25),
-    "HAND17": _of(
-        "HAND17",
-        hand_mm=(330, 700),
-        far_mm=1100,
-        noise_per_m2=2.5,
-        baseline_mm=26,
-        gap_px=3,
-        body=0.6,
-        wall=0.2,
-    ),
-    "SR305": Sensor(
-        PRESETS["SR305"].camera,
-        PRESETS["SR305"].size_px,
-        hand_mm=(450, 650),
-        far_mm=960,
-        unit_mm=PRESETS["SR305"].unit_mm,
-        noise_per_m2=2.5,
-        baseline_mm=26,
-        gap_px=4,
-        edge_px=0.9,
-        body=0.9,
-    ),
-}
 
 
 class Scene(NamedTuple):
@@ -225,146 +145,3 @@ def _behind(scene: Scene, intrinsics: Tensor, size_px: tuple, coarse: int) -> Te
     depth_mm = depth_mm + F.interpolate(scene.relief_mm[:, None], size=small[::-1], mode="bicubic")[:, 0]
     full = F.interpolate(depth_mm[:, None], scale_factor=coarse, mode="bilinear", align_corners=False)[:, 0]
     return full[:, : size_px[1], : size_px[0]]
-
-
-def measure(depth_mm: Tensor, sensor: Sensor, fx_px: float, generator: torch.Generator) -> Tensor:
-    """Return what a sensor measures of exact depth [B, H, W], mm; `sensor.missing_mm` where it fails.
-
-    fx_px is the focal length of the picture given, which for crops differs from the sensor's own. What is
-    lost is decided for cells of 2 x 2 px, in crops that are much smaller than the sensor's picture for single
-    pixels.
-    """
-    depth_mm = depth_mm.clamp(max=NO_WALL_MM)
-    cell = 2 if fx_px > 0.75 * sensor.camera.fx else 1
-    cells_mm = depth_mm
-    if cell == 2:
-        padded = depth_mm
-        if depth_mm.shape[1] % 2 or depth_mm.shape[2] % 2:
-            padded = F.pad(depth_mm, (0, depth_mm.shape[2] % 2, 0, depth_mm.shape[1] % 2), value=NO_WALL_MM)
-        rows_mm = torch.minimum(padded[:, ::2], padded[:, 1::2])
-        cells_mm = torch.minimum(rows_mm[:, :, ::2], rows_mm[:, :, 1::2])
-    nearest_mm = _nearest(cells_mm, 1)
-    uneven, bumps = (_smooth_noise(cells_mm, 2, generator) for _ in range(2))
-    uneven += _smooth_noise(cells_mm, 16, generator)
-    lost = _lost(cells_mm, nearest_mm, sensor, fx_px / cell, uneven)
-    shift = torch.randn(2, *cells_mm.shape, device=depth_mm.device, generator=generator)
-    shift = (shift * (sensor.edge_px * fx_px / sensor.camera.fx)).round().long()
-    lost = lost | _look_aside(lost, (shift / cell).round().long())
-    edge = (-_nearest(-cells_mm, 1) - nearest_mm > 12) & (nearest_mm < sensor.far_mm)
-    depth_mm = _ragged(depth_mm, edge, shift, sensor, generator)
-    # Surfaces bump and ripple, more with depth.
-    grain = _grain(depth_mm, generator) + _enlarged(1.5 * bumps, cell, depth_mm.shape)
-    depth_mm = torch.addcmul(depth_mm, grain, depth_mm * depth_mm, value=1e-6 * sensor.noise_per_m2)
-    return _store(depth_mm, _enlarged(lost, cell, depth_mm.shape), sensor)
-
-
-def _smooth_noise(like: Tensor, spacing: int, generator: torch.Generator) -> Tensor:
-    """Draw normal noise [B, H, W] that is interpolated between points so many pixels apart."""
-    batch, height, width = like.shape
-    drawn = torch.randn(
-        batch, 1, -(-height // spacing), -(-width // spacing), device=like.device, generator=generator
-    )
-    return F.interpolate(drawn, scale_factor=spacing, mode="bilinear")[:, 0, :height, :width]
-
-
-@lru_cache
-def _grain_bank(device: torch.device) -> Tensor:
-    """Return the normal noise that all grain is cut from: drawn anew it takes 5% of the time."""
-    return torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.35).to(device)
-
-
-def _grain(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return normal noise [B, H, W] of standard deviation 0.35, a random stretch of the bank for each."""
-    stretches = _grain_bank(like.device).unfold(0, like[0].numel(), 1)
-    start = torch.randint(len(stretches), like.shape[:1], device=like.device, generator=generator)
-    return stretches[start].view(like.shape)
-
-
-def _enlarged(cells: Tensor, cell: int, shape: tuple) -> Tensor:
-    """Repeat cells [B, h, w] to pixels [B, H, W]."""
-    if cell == 1:
-        return cells
-    wide = torch.stack([cells] * cell, -1).flatten(2)  # quicker than to expand both ways at once
-    pixels = wide[:, :, None].expand(-1, -1, cell, -1).flatten(1, 2)
-    return pixels[:, : shape[1], : shape[2]]
-
-
-def _lost(depth_mm: Tensor, nearest_mm: Tensor, sensor: Sensor, fx_px: float, uneven: Tensor) -> Tensor:
-    """Return where [B, H, W] nothing is measured: far, steep, beside a nearer surface, in its shadow."""
-    lost = depth_mm > sensor.far_mm * (1 - 0.05 * uneven.abs())
-    climb = depth_mm - nearest_mm
-    steep = climb * fx_px > sensor.steepest * depth_mm * torch.exp2(uneven)
-    if not sensor.gap_px:
-        return lost | (steep & (climb < 25))
-    reach = max(1, round(sensor.gap_px * fx_px / sensor.camera.fx))
-    lost = lost | steep | (_nearest(depth_mm, reach) < depth_mm - 35)
-    return lost | _shadow(depth_mm, sensor.baseline_mm * fx_px)
-
-
-def _nearest(depth_mm: Tensor, reach: int) -> Tensor:
-    """Return the least depth within `reach` pixels, as a square [B, H, W]."""
-    for axis in (1, 2):
-        done = 0
-        while done < reach:  # windows grow from 2n + 1 to at most 6n + 3 pixels
-            step = min(2 * done + 1, reach - done)
-            size = depth_mm.shape[axis] - step
-            low, high = depth_mm.narrow(axis, 0, size), depth_mm.narrow(axis, step, size)
-            least = depth_mm.clone()
-            torch.minimum(least.narrow(axis, 0, size), high, out=least.narrow(axis, 0, size))
-            torch.minimum(least.narrow(axis, step, size), low, out=least.narrow(axis, step, size))
-            depth_mm, done = least, done + step
-    return depth_mm
-
-
-def _shadow(depth_mm: Tensor, strength: float) -> Tensor:
-    """Return the pixels [B, H, W] that the projector, beside the camera, does not light.
-
-    A point's column in the projector's picture is u - strength / z; where a nearer surface between it and the
-    projector reached as far already, light does not.
-    """
-    columns = torch.arange(depth_mm.shape[2], device=depth_mm.device, dtype=depth_mm.dtype)
-    projected = columns + strength / depth_mm
-    return projected < torch.cummax(projected, 2).values - 1
-
-
-def _look_aside(picture: Tensor, shift: Tensor) -> Tensor:
-    """Let pixels of [B, H, W] take the value of a neighbour, shift [2, B, H, W] rows and columns away."""
-    height, width = picture.shape[1:]
-    rows = (torch.arange(height, device=shift.device)[:, None] + shift[0]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=shift.device) + shift[1]).clamp(0, width - 1)
-    return picture.flatten(1).gather(1, (rows * width + columns).flatten(1)).reshape_as(picture)
-
-
-def _ragged(
-    depth_mm: Tensor, edge: Tensor, shift_px: Tensor, sensor: Sensor, generator: torch.Generator
-) -> Tensor:
-    """Move depth at cells on an edge by shift_px [2, B, h, w] px, and set some of it in between."""
-    shape = depth_mm.shape
-    height, width = shape[1:]
-    cell = -(-height // edge.shape[1])
-    frame, row, column = edge.nonzero(as_tuple=True)
-    inner = torch.arange(cell * cell, device=depth_mm.device)
-    v = (row[:, None] * cell + inner // cell).clamp(max=height - 1)  # (cells, cell * cell)
-    u = (column[:, None] * cell + inner % cell).clamp(max=width - 1)
-    from_v = (v + shift_px[0][edge][:, None]).clamp(0, height - 1)
-    from_u = (u + shift_px[1][edge][:, None]).clamp(0, width - 1)
-    start = frame[:, None] * (height * width)
-    pixel = start + v * width + u
-    own, other = depth_mm.take(pixel), depth_mm.take(start + from_v * width + from_u)
-    if sensor.flying:
-        draw = torch.rand(2, *pixel.shape, device=depth_mm.device, generator=generator)
-        other = torch.where(draw[0] < sensor.flying, torch.lerp(own, other, draw[1]), other)
-    moved = torch.where((other - own).abs() > 12, other, own)
-    depth_mm = depth_mm.flatten()
-    depth_mm[pixel] = moved
-    return depth_mm.reshape(shape)
-
-
-def _store(depth_mm: Tensor, lost: Tensor, sensor: Sensor) -> Tensor:
-    """Round depth to steps of disparity and to the sensor's unit."""
-    if sensor.step_per_m2:
-        steps = 1e6 / sensor.step_per_m2  # over the depth: a whole number that grows with disparity
-        depth_mm = steps / (steps / depth_mm).round()
-    depth_mm = depth_mm.mul_(1 / sensor.unit_mm).round_().mul_(sensor.unit_mm)
-    kept = (depth_mm <= sensor.far_mm) & ~lost
-    return (depth_mm - sensor.missing_mm) * kept + sensor.missing_mm  # `torch.where` takes thrice as long

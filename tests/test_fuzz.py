@@ -35,7 +35,7 @@ from engine.training import build_network, open_splits
 from frames import cache
 from frames.files import FrameError
 from model import PixelwiseRegression
-from synthetic import write_dataset
+from rendering.layouts import write_dataset
 from utils import UserError
 
 CASES = 2000

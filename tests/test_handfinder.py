@@ -13,7 +13,8 @@ from frames.cameras import parse_camera, read_depth
 from frames.handfinder import Judge, find_center
 from frames.transforms import Camera, Frame, uvd2xyz
 from rendering.hand import Noise, between, draw_hands, move_to
-from rendering.scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
+from rendering.scene import SCENE_COLUMNS, add_background, render_scene
+from rendering.sensor import SENSORS, measure
 from tools import train_handfinder
 
 CAMERA = Camera(241.42, 241.42, 160, 120)

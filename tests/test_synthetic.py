@@ -15,13 +15,14 @@ import torch
 from conftest import ON_CPU, REPO, SMALL_NETWORK, run_process
 
 import demo
-import synthetic
 from check_dataset import build_index, refusal
 from datasets import DATASETS
 from frames.transforms import xyz2uvd
+from rendering import layouts
 from rendering.hand import joints_xyz
-from rendering.scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
-from synthetic import FINGERS, frame_path, icvl_joints, nyu_joints, write_dataset
+from rendering.layouts import FINGERS, frame_path, icvl_joints, nyu_joints, write_dataset
+from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
+from rendering.sensor import SENSORS, measure
 from utils import UserError
 
 COUNTS = {"NYU": (12, 4), "ICVL": (12, 4), "MSRA": (16, 4), "HAND17": (12, 4)}
@@ -145,7 +146,7 @@ def test_the_official_quirks_are_there(roots):
     assert all(
         float(z) < 0 for z in (roots / "MSRA/P1/1/joint.txt").read_text().splitlines()[1].split()[2::3]
     )
-    assert (roots / "NYU/train/joint_data.mat").read_bytes()[:116] == synthetic.MAT_HEADER
+    assert (roots / "NYU/train/joint_data.mat").read_bytes()[:116] == layouts.MAT_HEADER
     boxes = (roots / "HAND17/frame/BoundingBox.txt").read_text().splitlines()
     labels = (roots / "HAND17/frame/test_annotation.txt").read_text().splitlines()
     assert (
@@ -168,8 +169,8 @@ def test_noise_of_two_frames_differs_where_their_scenes_are_alike(monkeypatch):
     def draw_first(uniform, sensor):
         return draw_scenes(uniform[:1].repeat(len(uniform), 1), sensor)
 
-    monkeypatch.setattr(synthetic, "draw_scenes", draw_first)
-    first, second = synthetic.render_frames("HAND17", 7, "test", range(2))
+    monkeypatch.setattr(layouts, "draw_scenes", draw_first)
+    first, second = layouts.render_frames("HAND17", 7, "test", range(2))
     np.testing.assert_array_equal(first.joints_xyz, second.joints_xyz)
     both = (first.depth_mm > 0) & (second.depth_mm > 0)
     assert (first.depth_mm != second.depth_mm)[both].mean() > 0.2
@@ -179,7 +180,7 @@ def test_centres_of_icvl_go_by_image_number_beyond_10000_too(tmp_path):
     count = 702 + 10_001
     (tmp_path / "Testing").mkdir()
     centers = np.arange(count)[:, None] * np.ones(3)
-    synthetic.write_labels("ICVL", tmp_path, "test", np.ones((count, 21, 3)), centers, [])
+    layouts.write_labels("ICVL", tmp_path, "test", np.ones((count, 21, 3)), centers, [])
     lines = (tmp_path / "icvl_center_test.txt").read_text().splitlines()
     for number in (0, 1, 701, 1403, 1404, count - 1):
         sequence, place = re.search(r"seq_(.)/image_(\d+)", frame_path("ICVL", "test", number)).groups()
@@ -194,7 +195,7 @@ def test_joint_orders_follow_the_skeletons():
     used = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
     assert nyu_joints(joints)[0, used, 0][:11].tolist() == [403, 401, 303, 301, 203, 201, 103, 101, 3, 2, 1]
     assert icvl_joints(joints)[0, 1:, 0].tolist() == [100 * k + j + 0.5 for k in range(5) for j in range(3)]
-    for name, order in (("MSRA", synthetic.MSRA_ORDER), ("HAND17", synthetic.HAND17_ORDER)):
+    for name, order in (("MSRA", layouts.MSRA_ORDER), ("HAND17", layouts.HAND17_ORDER)):
         for k, chain in enumerate(DATASETS[name].config):
             assert joints[0, order, 0][chain].tolist() == [-1, *(100 * k + j for j in range(4))]
 
@@ -295,7 +296,7 @@ def test_hands_of_icvl_are_left_and_all_others_right(name):
 
 def script(*arguments):
     command = [sys.executable, "synthetic.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=Path(synthetic.__file__).parent)
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPO)
 
 
 def test_bad_arguments_end_in_one_line_and_write_nothing(tmp_path):

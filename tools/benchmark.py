@@ -25,7 +25,6 @@ import torch
 from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
-import synthetic
 from check_dataset import build_cache, build_index, open_parts, refusal
 from datasets import DATASETS
 from engine.batches import EpochSampler, batches_of, make_loader
@@ -38,6 +37,7 @@ from engine.training import build_network
 from frames.files import read_bytes
 from frames.samples import Sample
 from model import losses, spatial_form
+from rendering.layouts import write_dataset
 from tools.export import make_crops
 from utils import atomic_path, run, usable_cores
 
@@ -84,7 +84,7 @@ def data_folders(given, folder, frames):
         if root is None:
             root = folder / name
             # Training frames of all eight MSRA subjects, and as many for the rest.
-            synthetic.write_dataset(name, {"train": max(frames, 8), "test": 4}, 1, root, 2)
+            write_dataset(name, {"train": max(frames, 8), "test": 4}, 1, root, 2)
             build_index(name, root)
             build_cache(name, root)
         yield name, root

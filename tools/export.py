@@ -29,7 +29,7 @@ from engine.inference import replace_norms
 from frames.files import FrameError
 from frames.samples import UnlabelledSample, prepare_crop
 from frames.transforms import Frame, recover_uvd, uvd2xyz, window_around
-from synthetic import render_frames
+from rendering.layouts import render_frames
 from utils import UserError, atomic_path, run
 
 OPSET = 18

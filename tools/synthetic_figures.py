@@ -14,7 +14,8 @@ import torch
 
 from frames.cameras import PRESETS, read_depth
 from rendering import anatomy, hand
-from rendering.scene import SCENE_COLUMNS, SENSORS, draw_scenes, measure, render_scene
+from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
+from rendering.sensor import SENSORS, measure
 from rendering.surface import render_depth
 from utils import UserError, atomic_path, run
 

@@ -24,7 +24,8 @@ from engine.checkpoints import save_checkpoint
 from frames.handfinder import CROP_PX, REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
 from frames.transforms import Camera, Frame, uvd2xyz
 from rendering.hand import Noise, draw_hands, move_to
-from rendering.scene import SCENE_COLUMNS, SENSORS, add_background, measure, render_scene
+from rendering.scene import SCENE_COLUMNS, add_background, render_scene
+from rendering.sensor import SENSORS, measure
 from utils import UserError, run, usable_cores
 
 PLACES, NEAR_PLACES = 12, 5  # of a frame: surfaces, and random places around the hand

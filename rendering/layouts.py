@@ -1,0 +1,356 @@
+"""Rendered data sets in the official on-disk layouts of NYU, ICVL, MSRA and HAND17.
+
+A frame depends on nothing but the seed, its split and its number: not on how many frames are rendered, nor on
+how many processes render them.
+"""
+
+import io
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import scipy.io
+import torch
+from tqdm import tqdm
+
+from check_dataset import MSRA_GESTURES
+from frames.transforms import xyz2uvd
+from rendering.hand import joints_xyz
+from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
+from rendering.sensor import SENSORS, Sensor, measure
+from utils import UserError
+
+SPLITS = ("train", "test")
+CHUNK = 25  # frames that one task renders
+FEWEST = {
+    "NYU": (1, 1),
+    "ICVL": (1, 2),
+    "MSRA": (8, 1),
+    "HAND17": (1, 1),
+}  # train, test: no subject or sequence empty
+# Three times as fast as OpenCV's defaults at this level, and smaller.
+PNG_OPTIONS = [
+    cv2.IMWRITE_PNG_COMPRESSION,
+    1,
+    cv2.IMWRITE_PNG_STRATEGY,
+    cv2.IMWRITE_PNG_STRATEGY_RLE,
+    cv2.IMWRITE_PNG_FILTER,
+    cv2.IMWRITE_PNG_FILTER_UP,
+]
+MAT_HEADER = b"MATLAB 5.0 MAT-file, synthetic hands".ljust(116)  # scipy would write the time of day
+
+# Index 1 + 4 * finger + joint of the 21 joints of hand.py, fingers from the thumb, joints from the base to
+# the tip.
+FINGERS = {
+    name: range(1 + 4 * k, 5 + 4 * k) for k, name in enumerate(("thumb", "index", "middle", "ring", "little"))
+}
+MSRA_ORDER = [0, *(j for name in ("index", "middle", "ring", "little", "thumb") for j in FINGERS[name])]
+HAND17_ORDER = [
+    0,
+    *(chain[0] for chain in FINGERS.values()),
+    *(j for chain in FINGERS.values() for j in chain[1:]),
+]
+
+
+class Rendered(NamedTuple):
+    """A frame: what the sensor measured, which pixels are the hand's, joints in the camera frame, centre."""
+
+    depth_mm: np.ndarray  # [height, width] float32, sensor.missing_mm where nothing was measured
+    hand: np.ndarray  # [height, width] bool
+    joints_xyz: np.ndarray  # [21, 3] mm
+    center_uvd: np.ndarray  # [3] mean of the hand's pixels
+    rect: tuple  # left, top, width, height of the hand's pixels
+
+
+def render_frames(layout: str, seed: int, split: str, numbers: range) -> list[Rendered]:
+    """Render frames `numbers` (from 0) of a split with the sensor of SENSORS[layout]."""
+    sensor = SENSORS[layout]
+    generators = [np.random.default_rng([seed, SPLITS.index(split), number]) for number in numbers]
+    uniform = torch.from_numpy(np.stack([rng.random(SCENE_COLUMNS, np.float32) for rng in generators]))
+    scenes = draw_scenes(uniform, sensor)
+    exact_mm, hands = render_scene(scenes, torch.tensor(sensor.camera), sensor.size_px)
+    joints = joints_xyz(scenes.hands).numpy().astype(np.float64)
+    frames = []
+    for k, rng in enumerate(generators):
+        noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        depth_mm = _measured(exact_mm[k], sensor, noise).numpy()
+        frames.append(_rendered(depth_mm, hands[k].numpy(), exact_mm[k].numpy(), joints[k]))
+    return frames
+
+
+def _measured(exact_mm: torch.Tensor, sensor: Sensor, noise: torch.Generator) -> torch.Tensor:
+    """Measure the part of a picture [height, width] that holds anything; the rest stays missing."""
+    measured = torch.full_like(exact_mm, sensor.missing_mm)
+    left, top, width, height = _bounding_rect((exact_mm < sensor.far_mm).numpy())
+    if width:
+        part = slice(top, top + height), slice(left, left + width)
+        measured[part] = measure(exact_mm[part][None], sensor, sensor.camera.fx, noise)[0]
+    return measured
+
+
+def _bounding_rect(mask: np.ndarray) -> tuple:
+    """Return left, top, width and height of what is True in [H, W]; zeros where nothing is."""
+    return cv2.boundingRect(mask.view(np.uint8))
+
+
+def _rendered(depth_mm: np.ndarray, hand: np.ndarray, exact_mm: np.ndarray, joints: np.ndarray) -> Rendered:
+    rect = left, top, width, height = _bounding_rect(hand)
+    if not width:  # hidden behind the arm
+        return Rendered(depth_mm, hand, joints, np.zeros(3), rect)
+    right, bottom = left + width, top + height
+    inside = hand[top:bottom, left:right]
+    v, u = np.nonzero(inside)
+    center = np.array(
+        [u.mean() + left, v.mean() + top, exact_mm[top:bottom, left:right][inside].mean(dtype=np.float64)]
+    )
+    measured = np.zeros_like(hand)
+    near = np.abs(depth_mm[top:bottom, left:right] - exact_mm[top:bottom, left:right]) < 30
+    measured[top:bottom, left:right] = inside & near
+    return Rendered(depth_mm, measured, joints, center, rect)
+
+
+def frame_path(layout: str, split: str, number: int) -> str:
+    """Return where a frame (number from 0) lies in the data set's folder.
+
+    ICVL: test frames go to both sequences in turn until the first has its 702. MSRA: test frames are subject
+    0's, training frames go to subjects 1..8 in turn, and of each to the gesture folders in turn.
+    """
+    if layout == "NYU":
+        return f"{split}/depth_1_{number + 1:07d}.png"
+    if layout == "HAND17":
+        return f"{'training' if split == 'train' else 'frame'}/images/image_D{number + 1:08d}.png"
+    if layout == "ICVL":
+        if split == "train":
+            return f"Training/Depth/201403121135/image_{number:04d}.png"
+        sequence, place = (1 + number % 2, number // 2) if number < 2 * 702 else (2, number - 702)
+        return f"Testing/Depth/test_seq_{sequence}/image_{place:04d}.png"
+    subject, rest = (1 + number % 8, number // 8) if split == "train" else (0, number)
+    gesture, place = MSRA_GESTURES[rest % len(MSRA_GESTURES)], rest // len(MSRA_GESTURES)
+    return f"P{subject}/{gesture}/{place:06d}_depth.bin"
+
+
+def encode(layout: str, frame: Rendered) -> bytes:
+    """Return a frame as the data set's files hold it."""
+    if layout == "MSRA":
+        return _msra_bytes(np.where(frame.hand, frame.depth_mm, 0).astype("<f4"))
+    picture = np.rint(frame.depth_mm).astype("<u2")
+    if layout == "NYU":  # depth = 256 * green + blue; OpenCV's order is blue, green, red
+        low_high = picture.view(np.uint8).reshape(*picture.shape, 2)
+        picture = cv2.merge([*cv2.split(low_high), np.zeros_like(low_high[..., 0])])
+    done, data = cv2.imencode(".png", picture, PNG_OPTIONS)
+    if not done:
+        raise UserError("OpenCV cannot write PNG files")
+    return data.tobytes()
+
+
+def _msra_bytes(depth_mm: np.ndarray) -> bytes:
+    rows, columns = np.nonzero(depth_mm)
+    top, bottom = (rows.min(), rows.max() + 1) if len(rows) else (0, 1)
+    left, right = (columns.min(), columns.max() + 1) if len(rows) else (0, 1)
+    height, width = depth_mm.shape
+    header = np.array([width, height, left, top, right, bottom], "<i4")
+    return header.tobytes() + depth_mm[top:bottom, left:right].tobytes()
+
+
+def nyu_joints(joints: np.ndarray) -> np.ndarray:
+    """Return NYU's 36 joints [N, 36, 3] of our 21 [N, 21, 3], fingers from the little one.
+
+    A finger has its tip, end joint, a point of the middle bone, middle joint, a point of the first bone, and
+    base; then come both sides of the wrist, the palm's middle, two points between it and the base of the
+    thumb, and the wrist.
+    """
+    slots = []
+    for name in ("little", "ring", "middle", "index", "thumb"):
+        base, middle, end, tip = (joints[:, j] for j in FINGERS[name])
+        slots += [tip, end, (end + middle) / 2, middle, (middle + base) / 2, base]
+    wrist = joints[:, 0]
+    across = joints[:, FINGERS["index"][0]] - joints[:, FINGERS["little"][0]]
+    across = 17 * across / np.linalg.norm(across, axis=1, keepdims=True)
+    palm = (joints[:, FINGERS["middle"][0]] + joints[:, FINGERS["ring"][0]] + wrist) / 3
+    ulnar, radial = wrist - across, wrist + across
+    slots += [ulnar, radial, palm, (palm + ulnar) / 2, (palm + radial) / 2, wrist]
+    return np.stack(slots, 1)
+
+
+def icvl_joints(joints: np.ndarray) -> np.ndarray:
+    """Return ICVL's joints [N, 16, 3] of our 21: the palm's middle, then, from the thumb, the bones' middles.
+
+    So much the real labels' distances say (29 and 18 mm along an index finger whose bones measure 40, 22 and
+    16).
+    """
+    palm = (joints[:, 0] + joints[:, FINGERS["middle"][0]]) / 2
+    bones = [(joints[:, j] + joints[:, j + 1]) / 2 for chain in FINGERS.values() for j in chain[:3]]
+    return np.stack([palm, *bones], 1)
+
+
+def write_labels(
+    layout: str, folder: Path, split: str, joints: np.ndarray, centers: np.ndarray, rects: list
+) -> None:
+    """Write the label, centre and list files of a split: joints [N, 21, 3] mm, centers [N, 3] uvd."""
+    camera = SENSORS[layout].camera
+    paths = [frame_path(layout, split, number) for number in range(len(joints))]
+    if layout == "NYU":
+        _write_mat(folder / split / "joint_data.mat", nyu_joints(joints), camera)
+        _write_rows(folder / f"nyu_center_{split}.txt", centers)
+    elif layout == "HAND17":
+        _write_hand17(folder, split, paths, joints[:, HAND17_ORDER], rects)
+        _write_rows(folder / f"hands17_center_{split}.txt", centers)
+    elif layout == "ICVL":
+        _write_icvl(folder, split, paths, xyz2uvd(icvl_joints(joints), camera), centers)
+    else:
+        _write_msra(folder, paths, joints[:, MSRA_ORDER] * (1, -1, -1))
+
+
+def _write_rows(path: Path, rows: np.ndarray) -> None:
+    path.write_text("".join(" ".join(f"{number:.3f}" for number in row) + "\n" for row in rows))
+
+
+def _write_mat(path: Path, joints: np.ndarray, camera: tuple) -> None:
+    """Write joint_data.mat: all three cameras hold the first one's labels; in xyz, as in NYU's, y is up."""
+    uvd = xyz2uvd(joints, camera)
+    arrays = {"joint_uvd": np.stack([uvd] * 3), "joint_xyz": np.stack([joints * (1, -1, 1)] * 3)}
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, arrays)
+    path.write_bytes(MAT_HEADER + buffer.getvalue()[len(MAT_HEADER) :])
+
+
+def _write_hand17(folder: Path, split: str, paths: list, joints: np.ndarray, rects: list) -> None:
+    names = [Path(path).name for path in paths]
+    annotation = "".join(
+        "\t".join([name, *(f"{number:.4f}" for number in row)]) + "\n"
+        for name, row in zip(names, joints.reshape(-1, 63))
+    )
+    if split == "train":
+        (folder / "training" / "Training_Annotation.txt").write_text(annotation)
+        return
+    (folder / "frame" / "test_annotation.txt").write_text(annotation)  # the official test has no labels
+    boxes = "".join("\t".join([name, *map(str, rect)]) + "\n" for name, rect in zip(names, rects))
+    (folder / "frame" / "BoundingBox.txt").write_text(boxes)
+
+
+def _write_icvl(folder: Path, split: str, paths: list, joints_uvd: np.ndarray, centers: np.ndarray) -> None:
+    names = ["/".join(Path(path).parts[-2:]) for path in paths]
+    lines = [
+        " ".join([name, *(f"{number:.3f}" for number in row)]) + "\n"
+        for name, row in zip(names, joints_uvd.reshape(-1, 48))
+    ]
+    if split == "train":
+        (folder / "Training" / "labels.txt").write_text("".join(lines))
+        (folder / "icvl_train_list.txt").write_text("\n".join(names))
+        _write_rows(folder / "icvl_center_train.txt", centers)
+        return
+    for sequence in (1, 2):
+        own = [line for line in lines if line.startswith(f"test_seq_{sequence}/")]
+        (folder / "Testing" / f"test_seq_{sequence}.txt").write_text("".join(own))
+    # The second sequence's centres begin at line 702, however short the first one is.
+    rows = np.zeros((702 + sum(name.startswith("test_seq_2/") for name in names), 3))
+    for name, center in zip(names, centers):
+        number = int(Path(name).stem.removeprefix("image_"))
+        rows[number + (702 if name.startswith("test_seq_2/") else 0)] = center
+    _write_rows(folder / "icvl_center_test.txt", rows)
+
+
+def _write_msra(folder: Path, paths: list, joints: np.ndarray) -> None:
+    lines = {}
+    for path, row in zip(paths, joints.reshape(-1, 63)):
+        lines.setdefault(Path(path).parent, []).append(" ".join(f"{number:.3f}" for number in row) + "\n")
+    for parent, rows in lines.items():
+        (folder / parent / "joint.txt").write_text(f"{len(rows)}\n" + "".join(rows))
+
+
+def write_chunk(layout: str, seed: int, folder: Path, split: str, numbers: range) -> tuple[list, float]:
+    """Render and write frames; return their (joints, centre, rect) and the seconds of CPU time taken."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    start = time.process_time()
+    labels = []
+    for number, frame in zip(numbers, render_frames(layout, seed, split, numbers)):
+        path = folder / frame_path(layout, split, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(layout, frame))
+        labels.append((frame.joints_xyz, frame.center_uvd, frame.rect))
+    return labels, time.process_time() - start
+
+
+def _ignore_signals():
+    # Ctrl-C and SIGTERM may come to the whole process group; the main process ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _write_chunks(layout: str, seed: int, counts: dict, folder: Path, processes: int):
+    """Yield (split, numbers, result of `write_chunk`) for all frames, in order."""
+    tasks = [
+        (split, range(start, min(start + CHUNK, counts[split])))
+        for split in SPLITS
+        for start in range(0, counts[split], CHUNK)
+    ]
+    write = partial(write_chunk, layout, seed, folder)
+    if min(processes, len(tasks)) == 1:
+        yield from ((*task, write(*task)) for task in tasks)
+        return
+    # glibc would give the memory of every large tensor back to the system and fetch it again: a quarter of
+    # the time.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 31))
+    # Forking a process whose torch has started threads may hang: start fresh ones.
+    with ProcessPoolExecutor(processes, get_context("spawn"), _ignore_signals) as pool:
+        try:
+            yield from ((*task, result) for task, result in zip(tasks, pool.map(write, *zip(*tasks))))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_frames(layout: str, seed: int, counts: dict, folder: Path, processes: int) -> float:
+    """Render and write all frames and labels; return the seconds of CPU time taken."""
+    labels, seconds = {split: [] for split in SPLITS}, 0.0
+    with (
+        tqdm(total=sum(counts.values()), desc=layout, unit="frame", mininterval=0.5) as bar,
+        closing(_write_chunks(layout, seed, counts, folder, processes)) as chunks,
+    ):
+        for split, numbers, (part, taken) in chunks:
+            labels[split] += part
+            seconds += taken
+            bar.update(len(numbers))
+    for split in SPLITS:
+        joints, centers, rects = zip(*labels[split])
+        write_labels(layout, folder, split, np.stack(joints), np.stack(centers), rects)
+    return seconds
+
+
+def write_dataset(layout: str, counts: dict, seed: int, out: Path, processes: int) -> float:
+    """Write a whole data set to `out`, which must not exist; return the seconds of CPU time taken.
+
+    It is written to `out`.partial and renamed when complete; on failure nothing stays. Raises UserError.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists: give --out the name of a new folder")
+    unfinished = out.with_name(out.name + ".partial")
+    try:
+        unfinished.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{unfinished} exists: another run writes it, or one was killed; then remove it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write {unfinished}: {error.strerror}") from error
+    try:
+        seconds = write_frames(layout, seed, counts, unfinished, processes)
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    except BrokenProcessPool:
+        raise UserError(f"cannot write {out}: a rendering process was killed (out of memory?)") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return seconds
