@@ -61,7 +61,7 @@ def add_background(hands: Hands, noise: Noise, sensor: Sensor) -> Scene:
     hands = hands._replace(
         forearm_mm=torch.where(has_body[:, 0], hands.forearm_mm.clamp(min=215), hands.forearm_mm)
     )
-    hands = move_to(hands, _middle(hands))
+    hands = move_to(hands, _middle_xyz(hands))
     body = _body_spheres(hands, noise)
     present = torch.cat(
         (has_body.expand(-1, 8), noise.uniform(CLUTTER).repeat_interleave(2, 1) < sensor.wall), 1
@@ -76,7 +76,7 @@ def add_background(hands: Hands, noise: Noise, sensor: Sensor) -> Scene:
     return Scene(hands, build_surface(spheres, BODY_CONES, BODY_WEDGES), wall, relief_mm)
 
 
-def _middle(hands: Hands) -> Tensor:
+def _middle_xyz(hands: Hands) -> Tensor:
     joints = joints_xyz(hands)
     return (joints.amin(1) + joints.amax(1)) / 2
 

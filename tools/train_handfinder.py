@@ -49,7 +49,7 @@ def draw_frames(name, seed, count):
     camera = Camera(*(number / shrink for number in sensor.camera))
     size_px = tuple(size // shrink for size in sensor.size_px)
     for start in range(0, count, RENDERED_AT_ONCE):
-        scenes = draw_scenes(sensor, camera, size_px, generator, min(RENDERED_AT_ONCE, count - start))
+        scenes = draw_finder_scenes(sensor, camera, size_px, generator, min(RENDERED_AT_ONCE, count - start))
         exact_mm, hands = render_scene(scenes, torch.tensor(camera), size_px)
         measured_mm = measure(exact_mm, sensor, camera.fx, generator)
         for depth, exact, hand in zip(measured_mm.numpy(), exact_mm.numpy(), hands.numpy()):
@@ -63,7 +63,7 @@ def draw_frames(name, seed, count):
                 yield depth, np.array([columns.mean(), rows.mean(), exact[hand].mean()]), camera
 
 
-def draw_scenes(sensor, camera, size_px, generator, count):
+def draw_finder_scenes(sensor, camera, size_px, generator, count):
     """Draw scenes with hands anywhere in the picture, half of them seen from just any side, or without."""
     uniform = torch.rand(count, SCENE_COLUMNS, generator=generator).clamp(1e-6, 1 - 1e-6)
     noise = Noise(uniform)
