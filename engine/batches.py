@@ -1,72 +1,64 @@
-"""Batches for the loops: sampling order, refused frames, workers and transfer to the device."""
+"""Batches for the loops: sampling order, refused frames, loading processes and transfer to the device."""
 
 import signal
-import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
-from multiprocessing import connection
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
 from engine import distributed
 from frames.files import FrameError
 from utils import UserError, accept_signals, signals_held, usable_cores
 
+# So many frames are tried in place of one that cannot be used.
+SUBSTITUTES = 100
+
 
 class Batch(NamedTuple):
-    """Frames of one step: collated samples (None when all were refused), their indices, the FrameErrors."""
+    """Frames of one step: collated samples (None without any), their indices, and the FrameErrors."""
 
     samples: tuple | None
     indices: list
     refused: list
 
 
-class WorkerDied(UserError):
-    """A loading process was killed, or crashed in native code, while it read the frames `indices`."""
-
-    def __init__(self, message, indices):
-        super().__init__(message)
-        self.indices = indices
-
-
 class Frames(Dataset):
-    """A data set whose refused frames come back as FrameError values instead of ending the worker.
+    """A data set whose errors are values: from a worker torch would hand them on as a page of text.
 
-    An item is (index, Sample or UserError). `reading` tells, should one of `workers` die, which
-    frame each was at; those in `deadly` are refused unread.
+    An item is (index, Sample or None, list of UserErrors). In place of a frame that cannot be used comes
+    the next that can, of the first `substitutes` frames, so that batches are full.
     """
 
-    def __init__(self, dataset, workers):
-        self.dataset = dataset
-        self.reading = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
-        self.deadly = set()
+    def __init__(self, dataset, substitutes=0):
+        self.dataset, self.substitutes = dataset, substitutes
 
     def __getitem__(self, key):
-        index = key[0] if isinstance(key, tuple) else key
-        if worker := get_worker_info():
-            self.reading[worker.id] = index
-        try:
-            if index in self.deadly:
-                raise FrameError(self.dataset.frame_path(index), "a loading process died while it read this")
-            return index, self.dataset[key]
-        except UserError as error:
-            # From a worker, torch would hand on an exception as a page of text.
-            return index, error
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        refused, tries = [], min(SUBSTITUTES, self.substitutes) or 1
+        for _ in range(tries):
+            try:
+                return index, self.dataset[index if seed is None else (index, seed)], refused
+            except FrameError as error:
+                refused.append(error)
+                index = (index + 1) % max(self.substitutes, 1)
+            except UserError as error:
+                return index, None, [error]
+        if self.substitutes:
+            return index, None, [UserError(f"{refused[0]}; nor can the {tries - 1} frames after it be used")]
+        return index, None, refused
 
 
 def collate(items):
     """Gather what `Frames` returns into a Batch."""
-    good = [(index, sample) for index, sample in items if not isinstance(sample, UserError)]
-    refused = [error for _, error in items if isinstance(error, UserError)]
+    good = [(index, sample) for index, sample, _ in items if sample is not None]
     samples = default_collate([sample for _, sample in good]) if good else None
-    return Batch(samples, [index for index, _ in good], refused)
+    return Batch(samples, [index for index, _ in good], [error for *_, refused in items for error in refused])
 
 
 class EpochSampler(Sampler):
@@ -106,29 +98,16 @@ class EpochSampler(Sampler):
         return (tuple(key.tolist()) for key in own)
 
 
-class PartSampler(Sampler):
-    """This process's part of frames of which each is taken once, in order, from batch `start` on.
-
-    `common_steps` is how many whole batches of `batch_size` frames every process has.
-    """
-
-    def __init__(self, indices, batch_size):
-        world = distributed.world_size()
-        self.indices, self.batch_size = indices[distributed.rank() :: world], batch_size
-        self.common_steps, self.start = len(indices) // world // batch_size, 0
-
-    def __len__(self):
-        return max(len(self.indices) - self.start * self.batch_size, 0)
-
-    def __iter__(self):
-        return iter(self.indices[self.start * self.batch_size :].tolist())
+def own_part(indices):
+    """Return this process's part of frames of which each is taken once, in order."""
+    return indices[distributed.rank() :: distributed.world_size()].tolist()
 
 
-def make_loader(dataset, sampler, args, device, batch_size):
+def make_loader(dataset, sampler, args, device, batch_size, substitutes=0):
     """Return a DataLoader of Batches over what `sampler` (a Sampler or a sequence of indices) yields."""
     workers = min(args.num_workers, -(-len(sampler) // batch_size))
     return DataLoader(
-        Frames(dataset, workers),
+        Frames(dataset, substitutes),
         batch_size,
         sampler=sampler,
         num_workers=workers,
@@ -143,88 +122,18 @@ def make_loader(dataset, sampler, args, device, batch_size):
 def _start_worker(_):
     # One process a core: OpenCV's own threads would only fight over them.
     cv2.setNumThreads(0)
-    accept_signals()
+    # Signals come to the whole process group; the main process ends its workers once its step is done.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches_of(loader):
-    """Yield a loader's batches; raise WorkerDied, with the frame being read, where a worker dies.
-
-    Raises any UserError that is not about one frame.
-    """
-    waiting = False
-
-    def child_ended(*_):
-        # Torch's own handler raises in the middle of a step too, which might be half done then.
-        if waiting and dead_workers(loader):
-            raise RuntimeError("a loading process died")
-
-    try:
-        # An iterator that is there has its processes, and may be slow to begin anew.
-        with signals_held() if loader._iterator is None else nullcontext():
-            iterator = iter(loader)
-        if loader.num_workers and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, child_ended)
-        while True:
-            waiting = True
-            child_ended()
-            batch = next(iterator, None)
-            waiting = False
-            if batch is None:
-                return
-            for error in batch.refused:
-                if not isinstance(error, FrameError):
-                    raise error
-            yield batch
-    except (RuntimeError, EOFError, OSError) as error:
-        # The last two: a worker died while it handed a batch over, maybe a moment before its end is known.
-        waiting = False
-        workers = {process.sentinel: process for process in getattr(loader._iterator, "_workers", [])}
-        for ended in connection.wait(workers, timeout=2):
-            workers[ended].join(timeout=2)
-        if not dead_workers(loader):
-            raise
-        raise _worker_died(loader) from error
-    finally:
-        waiting = False
-
-
-@contextmanager
-def ending_workers(*loaders):
-    """End the loaders' processes on leaving, and give SIGCHLD back.
-
-    What Python does with processes that are left takes seconds for each.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
-        for loader in loaders:
-            if loader._iterator is not None:
-                loader._iterator._shutdown_workers()
-                loader._iterator = None
-
-
-def dead_workers(loader):
-    """Return the loading processes that are no more, {number: process}."""
-    workers = getattr(loader._iterator, "_workers", [])
-    return {number: process for number, process in enumerate(workers) if not process.is_alive()}
-
-
-def _worker_died(loader):
-    """End what is left of a loader's processes; return the WorkerDied that says what happened."""
-    dead, frames = dead_workers(loader), loader.dataset
-    loader._iterator._shutdown_workers()
-    loader._iterator = None  # the next use must not wait for the dead
-    if any(process.exitcode == -signal.SIGTERM for process in dead.values()):
-        return WorkerDied("a loading process was ended by SIGTERM", [])
-    indices = [index for index in frames.reading[list(dead)].tolist() if index >= 0]
-    names = ", ".join(str(frames.dataset.frame_path(index)) for index in indices)
-    return WorkerDied(
-        f"a loading process died while it read {names or 'nothing yet'} (out of memory? fewer --num_workers)",
-        indices,
-    )
+    """Yield a loader's batches. Raises any UserError that is not about one frame."""
+    for batch in loader:
+        for error in batch.refused:
+            if not isinstance(error, FrameError):
+                raise error
+        yield batch
 
 
 def to_device(samples, device):

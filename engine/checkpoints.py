@@ -22,12 +22,19 @@ WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
 
 @contextmanager
 def torch_errors_explained():
-    """Turn what torch raises for a full GPU or for a missing compiler into a UserError."""
+    """Turn what torch raises for what the machine lacks, or for a process that ended, into a UserError."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("the GPU's memory is full: give a smaller --batch_size or another device") from error
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise UserError(
+                f"{' '.join(str(error).split())[:120]}: where memory is short, give fewer --num_workers; "
+                "where /dev/shm is small, enlarge it or give --num_workers 0"
+            ) from error
+        if torch.distributed.is_initialized() and any(word in str(error) for word in ("peer", "NCCL")):
+            raise UserError("another process of this run ended: its own message says why") from error
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = str(error).strip().split("\n")[0][:120]
@@ -144,26 +151,3 @@ def _dataset_of(checkpoint, path, joints, dataset):
         needed = DATASETS[name].joint_number
         raise UserError(f"{path} predicts {joints} joints, {name} has {needed}")
     return name
-
-
-def random_states():
-    """Return the state of every random generator as plain values and tensors."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def restore_random_states(states):
-    """Take over what `random_states` returned."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

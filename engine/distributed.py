@@ -12,23 +12,25 @@ from utils import UserError
 
 
 def start(device_name, gpu_id):
-    """Join the process group that torchrun set up; return the GPU this process is to use."""
+    """Join the process group that torchrun set up, until the script ends; return the GPU to be used."""
     if "RANK" not in os.environ:
         return gpu_id
+    gpu_id = int(os.environ.get("LOCAL_RANK", 0))
+    if dist.is_initialized():
+        return gpu_id
     on_gpu = device_name != "cpu" and torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if on_gpu and local_rank < torch.cuda.device_count():
+    if on_gpu and gpu_id < torch.cuda.device_count():
         # NCCL sends Python objects by way of the current GPU, which two processes must not share.
-        torch.cuda.set_device(local_rank)
-    # What still holds the group must go while the interpreter runs: its threads abort if they outlive that.
-    atexit.register(gc.collect)
+        torch.cuda.set_device(gpu_id)
     # Validation of a large split on one rank may keep the others waiting.
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=60))
-    return local_rank
+    atexit.register(stop)
+    return gpu_id
 
 
 def stop():
     """Leave the process group."""
+    gc.collect()  # what still holds the group has threads, which abort if they outlive the interpreter
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -48,11 +50,14 @@ def is_main():
     return rank() == 0
 
 
-def reduce(tensor, operation="sum"):
-    """Combine a tensor over all processes, in place, by `sum` or `max`; return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
-    return tensor
+def total(value):
+    """Return a number's sum over all processes, or a tensor of them; every process must call this."""
+    if not dist.is_initialized():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
+    dist.all_reduce(tensor)
+    return tensor.cpu() if isinstance(value, torch.Tensor) else tensor.item()
 
 
 def from_main(function):

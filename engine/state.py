@@ -1,14 +1,12 @@
 """The state of a training run: what it needs to go on, how it is written, and what it depended on."""
 
 import hashlib
-import json
-import math
 import platform
 import signal
 import subprocess
 import time
-import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine import distributed
-from engine.checkpoints import load_checkpoint, random_states, restore_random_states, save_checkpoint
-from engine.loops import REPORT_STEPS, Progress
-from frames.drawing import write_curves
+from engine.checkpoints import load_checkpoint, save_checkpoint
+from engine.loops import Progress
 from utils import Stopped, UserError, atomic_path
 
 # Options that may differ when a run is resumed: they do not change what is computed.
@@ -40,7 +37,7 @@ FREE_OPTIONS = {
     "compile",
 }
 
-STATE_KEYS = "state_dict optimizer scheduler epoch progress records random seed options index".split()
+STATE_KEYS = "state_dict optimizer scheduler epoch progress records seed options index".split()
 
 
 def run_name(args):
@@ -55,14 +52,10 @@ def checkpoint_path(run, which):
 
 
 def build_optimizer(args, parameters):
-    """Return AdamW or SGD as the options ask, fused (see engine.train_step)."""
+    """Return AdamW or SGD as the options ask, with the fused kernels, which are the fastest."""
     shared = dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)
     if args.opt == "sgd":
-        sgd = torch.optim.SGD(parameters, momentum=args.beta1, **shared)
-        for parameter in sgd.param_groups[0]["params"]:
-            # Should the first step be skipped, fused SGD would leave its momentum uninitialised.
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
+        return torch.optim.SGD(parameters, momentum=args.beta1, **shared)
     return torch.optim.AdamW(parameters, betas=(args.beta1, args.beta2), **shared)
 
 
@@ -78,50 +71,18 @@ def lay_like_weights(optimizer):
 
 
 class RunState:
-    """All that a run needs to go on where it stopped, and how it is written and read back."""
+    """All that a run needs to go on where it stopped: network, optimiser, schedule, epochs and progress."""
 
     def __init__(self, args, network, splits):
         self.run, self.args, self.network = run_name(args), args, network
         self.parallel = network
         if distributed.world_size() > 1:
-            self.parallel = DistributedDataParallel(
-                network, [args.gpu_id] if args.device != "cpu" and torch.cuda.is_available() else None
-            )
+            device = next(network.parameters()).device
+            self.parallel = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
         self.optimizer = build_optimizer(args, network.parameters())
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, args.decay_epoch, args.lr_decay)
         self.epoch, self.records, self.progress = 0, [], Progress()
         self.provenance = provenance(args, splits)
-        self.saved_at, self.unsaved, self.board = time.monotonic(), {}, None
-        # The signal that this process got, and the one that all processes know of.
-        self.signal, self.agreed_signal = 0, 0
-
-    @contextmanager
-    def open_logs(self):
-        """Keep TensorBoard's log open in the main process."""
-        if not distributed.is_main():
-            yield
-            return
-        # TensorBoard takes seconds to import, which no other script should pay.
-        from torch.utils.tensorboard import SummaryWriter
-
-        try:
-            self.board = SummaryWriter(Path("logs", self.run), purge_step=self.epoch + 1)
-        except OSError as error:
-            tqdm.write(f"WARNING: no log for TensorBoard: {error}")
-        try:
-            yield
-        finally:
-            self.log("close")
-
-    def log(self, method, *values, **options):
-        """Call a method of TensorBoard's writer; where its disk is full warn, and log no more there."""
-        if self.board is None:
-            return
-        try:
-            getattr(self.board, method)(*values, **options)
-        except OSError as error:
-            tqdm.write(f"WARNING: TensorBoard's log ends here: {error.strerror or error}")
-            self.board = None
 
     def checkpoint(self):
         """Return the published form of a checkpoint, with the provenance of the run."""
@@ -133,51 +94,19 @@ class RunState:
             **self.provenance,
         }
 
-    def due(self, step):
-        """Return whether to save after `step`: on a signal, or --save_minutes after the last time.
-
-        Several processes have to agree, which they do once in REPORT_STEPS steps.
-        """
-        if distributed.world_size() > 1 and step % REPORT_STEPS:
-            return False
-        return self.agree()
-
-    def agree(self):
-        """Return whether some process got a signal, or last saved --save_minutes ago."""
-        late = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
-        wishes = self.signal, int(late)
-        if distributed.world_size() > 1:
-            device = next(self.network.parameters()).device
-            wishes = distributed.reduce(torch.tensor(wishes, device=device), "max").tolist()
-        self.agreed_signal, late = wishes
-        return bool(self.agreed_signal or late)
-
-    def save(self, progress):
-        """Write Model/<run>_last.pt; raise Stopped when a signal asked for the end."""
-        self.progress, self.saved_at = progress, time.monotonic()
-        path = checkpoint_path(self.run, "last")
-        if distributed.is_main():
-            self.write_unsaved()
-            state = {
-                **self.checkpoint(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "epoch": self.epoch,
-                "progress": asdict(progress),
-                "records": self.records,
-                "random": random_states(),
-            }
-            with going_on():
-                save_checkpoint(path, state)
-        if self.agreed_signal:
-            raise Stopped(
-                f"stopped by {signal.Signals(self.agreed_signal).name} in epoch {self.epoch + 1} after step "
-                f"{progress.step}; go on with the same command and --resume",
-                128 + self.agreed_signal,
-            )
+    def capture(self):
+        """Return what `restore` takes over: a checkpoint and all else that a run goes on from."""
+        return {
+            **self.checkpoint(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "epoch": self.epoch,
+            "progress": asdict(self.progress),
+            "records": self.records,
+        }
 
     def restore(self, saved):
-        """Take over what `save` wrote. Raises UserError where it does not fit."""
+        """Take over what `capture` returned. Raises UserError where it does not fit."""
         try:
             self.network.load_state_dict(saved["state_dict"])
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -185,64 +114,57 @@ class RunState:
             self.scheduler.load_state_dict(saved["scheduler"])
             self.epoch, self.records = saved["epoch"], saved["records"]
             self.progress = Progress(**saved["progress"])
-            restore_random_states(saved["random"])
         except Exception as error:  # anything may stand in a changed file
             path, reason = checkpoint_path(self.run, "last"), " ".join(str(error).split())[:120]
             raise UserError(f"{path} does not fit this run: {reason}") from error
         if saved["index"] != self.provenance["index"] and distributed.is_main():
             print("WARNING: the index files changed since the run began: it goes on with other data")
 
-    def write_unsaved(self):
-        """Save the epochs that are still to be saved."""
-        for path, checkpoint in list(self.unsaved.items()):
-            with going_on():
-                save_checkpoint(path, checkpoint)
-                del self.unsaved[path]
 
-    def end_epoch(self, record):
-        """Record an epoch: checkpoint, state, metrics.jsonl, TensorBoard and one line on screen."""
-        with warnings.catch_warnings():
-            # A run resumed at an epoch's end takes no step before its schedule's.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.scheduler.step()
-        self.records.append(record)
-        self.epoch += 1
+class Saver:
+    """Writes a run's checkpoints in the main process: when it is time, and at a signal.
+
+    What a full disk refuses is kept in memory, in `unsaved` by path, and tried again at each write.
+    """
+
+    def __init__(self, save_minutes, signals):
+        self.save_s, self.signals, self.unsaved = 60 * save_minutes, signals, {}
+        self.saved_at = time.monotonic()
+
+    def write(self, path, checkpoint):
+        """Write a checkpoint, after those that are still unsaved; warn where it cannot be written."""
+        self.unsaved[path] = checkpoint
+        for unsaved, its_checkpoint in list(self.unsaved.items()):
+            try:
+                save_checkpoint(unsaved, its_checkpoint)
+                del self.unsaved[unsaved]
+            except UserError as error:
+                tqdm.write(f"WARNING: {error}. Training goes on, and the next save tries again")
+        if path in self.unsaved:
+            self.unsaved[path] = deepcopy(checkpoint)  # the weights go on changing
+
+    def save(self, state):
+        """Write Model/<run>_last.pt."""
+        self.saved_at = time.monotonic()
         if distributed.is_main():
-            # A copy, for the weights go on changing should the disk be full now.
-            self.unsaved[checkpoint_path(self.run, self.epoch)] = {
-                **self.checkpoint(),
-                "record": record,
-                "state_dict": {name: value.clone() for name, value in self.network.state_dict().items()},
-            }
-            with going_on(), atomic_path(Path("logs", self.run, "metrics.jsonl")) as temporary:
-                temporary.write_text("".join(f"{json.dumps(r)}\n" for r in [self.provenance, *self.records]))
-            for key in ("loss", "val_loss", "val_mm", "lr"):
-                self.log("add_scalar", key, record[key], self.epoch)
-            print(f"epoch {self.epoch:>3}  loss {record['loss']:.4f}  val {record['val_mm']:.2f} mm")
-        self.agree()
-        self.save(Progress(bad_in_a_row=self.progress.bad_in_a_row))
+            self.write(checkpoint_path(state.run, "last"), state.capture())
 
-    def finish(self):
-        """Make the best epoch the final checkpoint; print best and last, return (epoch, best mm, last mm)."""
-        best, last = min(self.records, key=_error_mm), self.records[-1]
-        if distributed.is_main():
-            final, path = (checkpoint_path(self.run, which) for which in ("final", best["epoch"]))
-            if path in self.unsaved or path.is_file():
-                save_checkpoint(final, self.unsaved.get(path) or load_checkpoint(path))
-            else:
-                print(f"WARNING: {path}, the best epoch, is gone: {final} is the last epoch")
-                save_checkpoint(final, self.checkpoint())
-            write_curves(Path("logs", self.run, "curves.png"), self.records)
-            print(
-                f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "
-                f"{last['val_mm']:.2f} mm; {final} is the best"
-            )
-        return best["epoch"], best["val_mm"], last["val_mm"]
+    def save_if_due(self, state):
+        """Save where --save_minutes have passed since the last time."""
+        if time.monotonic() - self.saved_at > self.save_s:
+            self.save(state)
 
-
-def _error_mm(record):
-    """Return an epoch's validation error, infinite where it is no number."""
-    return record["val_mm"] if math.isfinite(record["val_mm"]) else math.inf
+    def stop_if_asked(self, state):
+        """Once a process got a signal, save and raise Stopped, in all processes after the same step."""
+        if not distributed.total(len(self.signals)):
+            return
+        self.save(state)
+        number = self.signals[0] if self.signals else signal.SIGTERM
+        raise Stopped(
+            f"stopped by {signal.Signals(number).name} in epoch {state.epoch + 1} after step "
+            f"{state.progress.step}; go on with the same command and --resume",
+            128 + number,
+        )
 
 
 def load_state(args):
@@ -289,30 +211,6 @@ def _check_state(epoch, seed, options, progress, records):
         raise ValueError("its steps are none")
     for record in records:
         float(record["val_mm"])
-
-
-@contextmanager
-def going_on():
-    """Turn a write that fails into a loud warning."""
-    try:
-        yield
-    except UserError as error:
-        tqdm.write(f"WARNING: {error}. Training goes on, and the next save tries again")
-
-
-@contextmanager
-def caught_signals(state):
-    """Let SIGTERM and SIGINT end the run after the current step instead of at once."""
-
-    def note(number, _):
-        state.signal = number
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def provenance(args, splits):

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import DATASETS, test_labels_uvd
-from engine.batches import batches_of, ending_workers, make_loader, to_device
+from engine.batches import batches_of, make_loader, to_device
 from engine.checkpoints import load_network, resolve_device, torch_errors_explained
 from engine.inference import prepare
 from engine.metrics import PROTOCOLS, format_table, measure_errors, summarise
@@ -39,7 +39,7 @@ def predict(network, dataset, args, device):
     loader = make_loader(dataset, range(len(dataset)), args, device, args.batch_size)
     joints_uvd, refused = np.zeros((len(dataset), dataset.joint_number, 3)), []
     bar = tqdm(total=len(dataset), desc=f"predict {dataset.name}", unit="frame", leave=False)
-    with bar, ending_workers(loader):
+    with bar:
         for batch in batches_of(loader):
             refused += batch.refused
             if batch.samples is not None:

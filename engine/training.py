@@ -1,19 +1,31 @@
 """A training run as a whole: from options to checkpoints and logs."""
 
+import math
+import signal
 import time
+import warnings
 from argparse import Namespace
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from datasets import DATASETS, MSRADataset
 from engine import distributed
-from engine.batches import EpochSampler, PartSampler, ending_workers, make_loader
-from engine.checkpoints import draw_seed, resolve_device, seed_everything, torch_errors_explained
+from engine.batches import EpochSampler, make_loader, own_part
+from engine.checkpoints import (
+    draw_seed,
+    load_checkpoint,
+    resolve_device,
+    save_checkpoint,
+    seed_everything,
+    torch_errors_explained,
+)
+from engine.log import Log
 from engine.loops import Progress, picture_of, train_one_epoch, validate
-from engine.state import RunState, caught_signals, checkpoint_path, load_state, run_name, write_options
+from engine.state import RunState, Saver, checkpoint_path, load_state, run_name, write_options
 from frames.files import FrameError
 from model import PixelwiseRegression
 from utils import UserError
@@ -82,34 +94,40 @@ def train(args):
     epoch), Model/<run>.yml and logs/<run>/. Raises UserError for what the user can mend, Stopped
     after a signal.
     """
-    args.gpu_id = distributed.start(args.device, args.gpu_id)
-    try:
-        device = resolve_device(args.device, args.gpu_id)
-        saved = distributed.from_main(lambda: load_state(args))
-        args.seed = saved["seed"] if saved else distributed.from_main(lambda: args.seed or draw_seed())
-        seed_everything(args.seed)
-        train_set, train_indices, val_set, val_indices = open_splits(args)
-        batch_size = usable_batch_size(args, len(train_indices))
-        network = build_network(args, train_set.joint_number, device)
-        state = RunState(args, network, (train_set, val_set))
-        if saved:
-            state.restore(saved)
-        sampler = EpochSampler(train_indices, batch_size, args.seed)
-        own_batch = batch_size // distributed.world_size()
-        train_loader = make_loader(train_set, sampler, args, device, own_batch)
-        val_loader = make_loader(val_set, PartSampler(val_indices, own_batch), args, device, own_batch)
-        if distributed.is_main():
-            write_options(Path("Model", f"{state.run}.yml"), args)
-            print(
-                f"{state.run}: {len(train_indices)} training and {len(val_indices)} validation frames, "
-                f"seed {args.seed}, {distributed.world_size()} x {device}"
-            )
-        with state.open_logs(), caught_signals(state), ending_workers(train_loader, val_loader):
-            while state.epoch < args.epoch:
-                train_epoch(state, train_loader, val_loader, device)
-        return state.finish()
-    finally:
-        distributed.stop()
+    device = resolve_device(args.device, distributed.start(args.device, args.gpu_id))
+    saved = distributed.from_main(lambda: load_state(args))
+    seed = saved["seed"] if saved else distributed.from_main(lambda: args.seed or draw_seed())
+    args = Namespace(**{**vars(args), "seed": seed})
+    seed_everything(seed)
+    train_set, train_indices, val_set, val_indices = open_splits(args)
+    batch_size = usable_batch_size(args, len(train_indices))
+    state = RunState(args, build_network(args, train_set.joint_number, device), (train_set, val_set))
+    if saved:
+        state.restore(saved)
+    sampler = EpochSampler(train_indices, batch_size, seed)
+    own_batch = batch_size // distributed.world_size()
+    substitutes = len(train_indices) if args.skip_bad else 0
+    train_loader = make_loader(train_set, sampler, args, device, own_batch, substitutes)
+    val_loader = make_loader(val_set, own_part(val_indices), args, device, own_batch)
+    if distributed.is_main():
+        write_options(Path("Model", f"{state.run}.yml"), args)
+        print(
+            f"{state.run}: {len(train_indices)} training and {len(val_indices)} validation frames, "
+            f"seed {seed}, {distributed.world_size()} x {device}"
+        )
+    log = Log(state.run, state.provenance, state.epoch) if distributed.is_main() else None
+    with noted_signals() as signals:
+        saver = Saver(args.save_minutes, signals)
+        while state.epoch < args.epoch:
+            try:
+                record = train_epoch(state, train_loader, val_loader, device, saver)
+            except UserError:
+                saver.save(state)
+                raise
+            end_epoch(state, record, saver)
+            if log:
+                log.add_epoch(state.records, validation_picture(state, val_loader, device))
+        return finish(state, saver, log)
 
 
 def usable_batch_size(args, frames):
@@ -122,39 +140,99 @@ def usable_batch_size(args, frames):
     return min(args.batch_size, most)
 
 
-def train_epoch(state, train_loader, val_loader, device):
-    """Train and validate one epoch, or the rest of one, and record it."""
-    args, started = state.args, time.perf_counter()
-    train_loader.sampler.epoch = state.epoch
-    try:
-        own = dict(progress=state.progress, state=state)
-        train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, **own)
-        if not state.progress.good_steps:
-            state.progress = Progress()  # the epoch begins anew once its frames are mended
-            raise UserError(f"no step of epoch {state.epoch + 1} could be applied: see the warnings above")
-        val_mm, val_loss = validate(state.network, val_loader, device, args, state.progress, state)
-    except (UserError, RuntimeError):  # torch raises RuntimeError where another process or the GPU is lost
-        # A signal to the whole process group ends the loading processes, maybe before it is looked at.
-        state.agreed_signal = state.signal
-        state.save(state.progress)
-        raise
-    state.end_epoch(
-        {
-            "epoch": state.epoch + 1,
-            "loss": state.progress.loss_sum / state.progress.good_steps,
-            "val_loss": val_loss,
-            "val_mm": val_mm,
-            "lr": state.scheduler.get_last_lr()[0],
-            "bad_steps": state.progress.bad_steps,
-            "refused": state.progress.refused,
-            "seconds": round(time.perf_counter() - started, 2),
-        }
-    )
+def train_epoch(state, train_loader, val_loader, device, saver):
+    """Train and validate one epoch, or the rest of one; return its record."""
+    args, sampler, started = state.args, train_loader.sampler, time.perf_counter()
+    sampler.epoch, sampler.start = state.epoch, state.progress.step
+    shown = dict(unit="step", leave=False, disable=not distributed.is_main())
+    steps = train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, state.progress)
+    name = f"epoch {state.epoch + 1}"
+    for progress in (bar := tqdm(steps, name, sampler.steps, initial=state.progress.step, **shown)):
+        bar.set_postfix(loss=f"{progress.loss_sum / max(progress.good_steps, 1):.4f}", refresh=False)
+        saver.stop_if_asked(state)
+        saver.save_if_due(state)
+    if not state.progress.good_steps:
+        state.progress = Progress()  # the epoch begins anew once its frames are mended
+        raise UserError(f"no step of epoch {state.epoch + 1} could be applied: see the warnings above")
+    sums = torch.zeros(4, dtype=torch.float64)
+    steps = validate(state.network, val_loader, device, args, sums)
+    for _ in tqdm(steps, "validate", len(val_loader), **shown):
+        if saver.signals:
+            break  # all processes end their validation before they stop
+        saver.save_if_due(state)
+    saver.stop_if_asked(state)
+    error_mm, loss, frames, refused = distributed.total(sums).tolist()
+    if not frames:
+        raise UserError("no validation frame could be used")
+    return {
+        "epoch": state.epoch + 1,
+        "loss": state.progress.loss_sum / state.progress.good_steps,
+        "val_loss": loss / frames,
+        "val_mm": error_mm / frames,
+        "lr": state.scheduler.get_last_lr()[0],
+        "bad_steps": state.progress.bad_steps,
+        "refused": state.progress.refused + int(refused),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def end_epoch(state, record, saver):
+    """Add an epoch's record to the state, and write its checkpoint and the state."""
+    with warnings.catch_warnings():
+        # A run resumed at an epoch's end takes no step before its schedule's.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        state.scheduler.step()
+    state.records.append(record)
+    state.epoch += 1
+    state.progress = Progress(bad_in_a_row=state.progress.bad_in_a_row)
     if distributed.is_main():
-        with suppress(FrameError):
-            index = int(val_loader.sampler.indices[0])
-            picture = picture_of(state.network, val_loader.dataset.dataset, index, device, args)
-            state.log("add_image", "true and predicted", picture, state.epoch, dataformats="HWC")
+        saver.write(checkpoint_path(state.run, state.epoch), {**state.checkpoint(), "record": record})
+        print(f"epoch {state.epoch:>3}  loss {record['loss']:.4f}  val {record['val_mm']:.2f} mm")
+    saver.save(state)
+
+
+def validation_picture(state, val_loader, device):
+    """Return a picture of the first validation frame, None where it cannot be used."""
+    with suppress(FrameError):
+        frames, index = val_loader.dataset.dataset, val_loader.sampler[0]
+        return picture_of(state.network, frames, index, device, state.args)
+
+
+def finish(state, saver, log):
+    """Make the best epoch the final checkpoint; print best and last, return (epoch, best mm, last mm)."""
+    best, last = min(state.records, key=_error_mm), state.records[-1]
+    if log:
+        log.close()
+        final, path = (checkpoint_path(state.run, which) for which in ("final", best["epoch"]))
+        if path in saver.unsaved or path.is_file():
+            save_checkpoint(final, saver.unsaved.get(path) or load_checkpoint(path))
+        else:
+            print(f"WARNING: {path}, the best epoch, is gone: {final} is the last epoch")
+            save_checkpoint(final, state.checkpoint())
+        log.write_curves(state.records)
+        print(
+            f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "
+            f"{last['val_mm']:.2f} mm; {final} is the best"
+        )
+    return best["epoch"], best["val_mm"], last["val_mm"]
+
+
+def _error_mm(record):
+    """Return an epoch's validation error, infinite where it is no number."""
+    return record["val_mm"] if math.isfinite(record["val_mm"]) else math.inf
+
+
+@contextmanager
+def noted_signals():
+    """Note SIGTERM and Ctrl-C in the list that is yielded, so that a run ends after its step, not in it."""
+    signals = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def folds(args):

@@ -73,20 +73,3 @@ def write_picture(path, picture):
     with atomic_path(path) as temporary:
         # cv2.imwrite does not tell when the disk is full.
         temporary.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1])
-
-
-def write_curves(path, records):
-    """Write a figure of loss and validation error over the epochs of a metrics log."""
-    # matplotlib takes a second to import, which no other step of a script should pay.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    epochs = [record["epoch"] for record in records]
-    for axes, key, label in zip(
-        figure.subplots(1, 2), ("loss", "val_mm"), ("training loss", "validation error, mm")
-    ):
-        axes.plot(epochs, [record[key] for record in records], marker=".")
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)

@@ -1,14 +1,12 @@
 """Splits, network, optimiser and loops do what the options say."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from training import TINY, repeat_lines
 
 from datasets import DATASETS
-from engine.batches import EpochSampler, PartSampler, make_loader
+from engine.batches import EpochSampler, make_loader
 from engine.loops import Progress, forward_losses, running_statistics, train_one_epoch, validate
 from engine.options import parse_train
 from engine.state import build_optimizer
@@ -17,7 +15,6 @@ from frames.samples import Sample
 from model import PixelwiseRegression, StageOutput, losses, spatial_form
 
 CPU = torch.device("cpu")
-NEVER_DUE = SimpleNamespace(due=lambda step: False)
 
 
 def options(text=""):
@@ -115,7 +112,8 @@ def test_loss_is_weighted_as_the_options_say(alpha):
 def test_mixed_precision_is_inside_the_network_and_not_in_its_losses(switch, dtype):
     network, seen = tiny_network("instance"), []
     network.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    _, terms = forward_losses(network, random_samples(), options(f"--alpha 0.5 {switch}"))
+    args = options(f"--alpha 0.5 {switch}")
+    _, terms = forward_losses(network, random_samples(), args, args.mixed_precision)
     assert seen == [dtype] and {term.dtype for term in terms.values()} == {torch.float32}
 
 
@@ -135,13 +133,11 @@ def test_batch_norm_learns_its_statistics_in_training_alone(indexed):
     sampler = EpochSampler(indices, 3, seed=1)
     loader = make_loader(frames, sampler, args, CPU, 3)
     initial = [value.clone() for value in running_statistics(network)]
-    train_one_epoch(network, loader, optimizer, CPU, args, progress=Progress(), state=NEVER_DUE)
+    list(train_one_epoch(network, loader, optimizer, CPU, args, Progress()))
     trained = [value.clone() for value in running_statistics(network)]
     assert trained and not any(torch.equal(a, b) for a, b in zip(initial, trained))
     network.train()
-    validate(
-        network, make_loader(frames, PartSampler(indices, 3), args, CPU, 3), CPU, args, Progress(), NEVER_DUE
-    )
+    list(validate(network, make_loader(frames, range(3), args, CPU, 3), CPU, args, torch.zeros(4)))
     assert all(torch.equal(a, b) for a, b in zip(trained, running_statistics(network)))
 
 
@@ -174,7 +170,20 @@ class TwoStages(torch.nn.Module):
 def test_validation_is_the_mean_over_frames_of_the_last_stages_error():
     """Though the last batch is smaller; the loss is that of all stages."""
     args = options("--batch_size 2")
-    loader = make_loader(Distances(), PartSampler(np.arange(3), 2), args, CPU, 2)
-    error_mm, loss = validate(TwoStages(), loader, CPU, args, Progress(), NEVER_DUE)
-    assert error_mm == pytest.approx((1 + 1 + 4) / 3)
-    assert loss == pytest.approx((16 + 16 + 1 + 1 + 1 + 16) / 3)
+    loader, sums = make_loader(Distances(), range(3), args, CPU, 2), torch.zeros(4)
+    assert len(list(validate(TwoStages(), loader, CPU, args, sums))) == 2
+    assert sums.tolist() == pytest.approx([1 + 1 + 4, 16 + 16 + 1 + 1 + 1 + 16, 3, 0])
+
+
+@pytest.mark.parametrize("training, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_mixed_precision_is_for_training_alone(training, dtype, indexed):
+    frames = DATASETS["ICVL"](path=indexed("ICVL"), label_size=16, image_size=32, targets=False)
+    args, network, seen = options("--mixed_precision"), tiny_network("instance", frames.joint_number), []
+    network.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    loader = make_loader(frames, range(3), args, CPU, 3)
+    if training:
+        optimizer = build_optimizer(args, network.parameters())
+        list(train_one_epoch(network, loader, optimizer, CPU, args, Progress()))
+    else:
+        list(validate(network, loader, CPU, args, torch.zeros(4)))
+    assert seen == [dtype]

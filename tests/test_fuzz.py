@@ -28,9 +28,8 @@ from check_dataset import build_cache, build_index, open_parts, refusal
 from datasets import DATASETS
 from engine import checkpoints
 from engine.checkpoints import load_checkpoint, load_network, save_checkpoint
-from engine.loops import Progress
 from engine.options import parse_train
-from engine.state import RunState, load_state
+from engine.state import RunState, Saver, load_state
 from engine.training import build_network, open_splits
 from frames import cache
 from frames.files import FrameError
@@ -319,7 +318,7 @@ def write_state():
         weights.grad = torch.zeros_like(weights)
     state.optimizer.step()
     state.epoch, state.records = 1, [{"epoch": 1, "loss": 0.1, "val_loss": 0.1, "val_mm": 9.0, "lr": 1e-3}]
-    state.save(Progress())
+    Saver(10, []).save(state)
 
 
 def test_a_few_damaged_files(prepared):

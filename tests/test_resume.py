@@ -125,21 +125,21 @@ def test_signal_handlers_are_given_back(place):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("minutes, steps", [(0, [1, 2, 3, 4, 5, 6, 6]), (1, [3, 6])])
+@pytest.mark.parametrize("minutes, steps", [(0, [1, 2, 3, 4, 5, 6, 6, 6]), (1, [3, 6])])
 def test_state_is_written_every_save_minutes(minutes, steps, place, monkeypatch):
     """After a step of training or validation, which takes 25 s here, and at the end of the epoch."""
-    forward, save, seconds, saves = engine.forward_losses, runs.RunState.save, [], []
+    forward, save, seconds, saves = engine.forward_losses, runs.Saver.save, [], []
 
     def slow(*arguments):
         seconds.append(25)
         return forward(*arguments)
 
-    def noted(self, progress):
-        saves.append((self.epoch, progress.step))
-        save(self, progress)
+    def noted(self, state):
+        saves.append((state.epoch, state.progress.step))
+        save(self, state)
 
     monkeypatch.setattr(engine, "forward_losses", slow)
-    monkeypatch.setattr(runs.RunState, "save", noted)
+    monkeypatch.setattr(runs.Saver, "save", noted)
     monkeypatch.setattr(runstate, "time", SimpleNamespace(monotonic=lambda: sum(seconds)))
     train_tiny("--save_minutes", minutes, "--epoch", 1)
     assert saves == [*((0, step) for step in steps), (1, 0)]
@@ -254,7 +254,6 @@ class RunsCode:
         (lambda state: {**state, "records": RunsCode()}, "was refused unread"),
         (lambda state: {**state, "optimizer": {}}, "does not fit this run"),
         (lambda state: {**state, "progress": {"steps": 3}}, "is no state of a run"),
-        (lambda state: {**state, "random": {}}, "does not fit this run"),
         (lambda state: {**state, "options": [1]}, "is no state of a run .its options"),
         (lambda state: {key: state[key] for key in ("state_dict", "model_param")}, "has no optimizer"),
     ],
