@@ -5,7 +5,7 @@ import signal
 import time
 import warnings
 from argparse import Namespace
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +115,8 @@ def train(args):
             f"{state.run}: {len(train_indices)} training and {len(val_indices)} validation frames, "
             f"seed {seed}, {distributed.world_size()} x {device}"
         )
-    log = Log(state.run, state.provenance, state.epoch) if distributed.is_main() else None
-    with noted_signals() as signals:
+    logs = closing(Log(state.run, state.provenance, state.epoch)) if distributed.is_main() else nullcontext()
+    with noted_signals() as signals, logs as log:
         saver = Saver(args.save_minutes, signals)
         while state.epoch < args.epoch:
             try:
@@ -202,7 +202,6 @@ def finish(state, saver, log):
     """Make the best epoch the final checkpoint; print best and last, return (epoch, best mm, last mm)."""
     best, last = min(state.records, key=_error_mm), state.records[-1]
     if log:
-        log.close()
         final, path = (checkpoint_path(state.run, which) for which in ("final", best["epoch"]))
         if path in saver.unsaved or path.is_file():
             save_checkpoint(final, saver.unsaved.get(path) or load_checkpoint(path))
