@@ -1,20 +1,16 @@
 """Batches for the loops: sampling order, refused frames, loading processes and transfer to the device."""
 
 import signal
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from tqdm import tqdm
 
 from engine import distributed
 from frames.files import FrameError
-from utils import UserError, accept_signals, signals_held, usable_cores
+from utils import UserError
 
 # So many frames are tried in place of one that cannot be used.
 SUBSTITUTES = 100
@@ -145,41 +141,3 @@ def _moved(field, device):
     on_gpu = field.ndim == 4 and device.type == "cuda"
     layout = torch.channels_last if on_gpu else torch.preserve_format
     return field.to(device, non_blocking=True, memory_format=layout)
-
-
-def over_frames(work, frames, title):
-    """Yield work(frames, index) for every frame, in order, computed on all cores, with a progress bar.
-
-    Few results are on their way at a time, so that a slow reader of them does not fill the memory.
-    """
-    cores = usable_cores()
-    size = min(256, max(1, len(frames) // (8 * cores)))
-    chunks = [range(start, min(start + size, len(frames))) for start in range(0, len(frames), size)]
-    pool = ProcessPoolExecutor(cores, initializer=_start_job, initargs=(work, frames))
-    pending = deque()
-    try:
-        with tqdm(total=len(frames), desc=f"{frames.name} {title}", unit="frame") as bar:
-            for chunk in [*chunks, *[None] * (2 * cores)]:
-                with signals_held():  # it is not long until the next is done
-                    pending.append(pool.submit(_run_chunk, chunk) if chunk else None)
-                    done = pending.popleft() if len(pending) > 2 * cores else None
-                    results = done.result() if done else []
-                yield from results
-                bar.update(len(results))
-    except BrokenProcessPool:
-        raise UserError(f"a worker died while it read {frames.root}: is there enough memory?") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_job(work, frames):
-    global _job
-    accept_signals()
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    _job = work, frames
-
-
-def _run_chunk(indices):
-    work, frames = _job
-    return [work(frames, index) for index in indices]
