@@ -267,7 +267,7 @@ def peak_memory(device, work):
     return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
 
 
-def measure(args):
+def all_rows(args):
     """Yield every Row that the options ask for."""
     device = resolve_device(args.device)
     if "loading" in args.parts:
@@ -334,7 +334,7 @@ def main(argv=None):
     args = parse(argv)
     device = resolve_device(args.device)
     rows = []
-    for row in measure(args):
+    for row in all_rows(args):
         print(format_rows([row]), file=sys.stderr)
         rows.append(row)
     print(machine(device))

@@ -42,7 +42,7 @@ def main(argv=None):
     errors_mm, joints_uvd = {}, None
     if args.predictions:
         joints_uvd = load_predictions(args.predictions, dataset)
-        errors_mm = measure(dataset, joints_uvd)
+        errors_mm = mean_errors_mm(dataset, joints_uvd)
     indices = choose(dataset, args.index, args.count, errors_mm)
     tiles = [
         tile
@@ -97,7 +97,7 @@ def load_predictions(path, dataset):
     return dataset.xyz2uvd(joints) if dataset.name == "HAND17" else joints
 
 
-def measure(dataset, joints_uvd):
+def mean_errors_mm(dataset, joints_uvd):
     """Return {index: mean joint error in mm} of the frames that have labels and predictions."""
     if dataset.test_only:
         return {}
