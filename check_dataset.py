@@ -129,6 +129,10 @@ def hand17_lines(root, split):
     return LineFile(require(root / name, "HAND17", root), skip_blank=True)
 
 
+# MSRA has subjects instead of splits.
+READERS = {"NYU": nyu_lines, "ICVL": icvl_lines, "HAND17": hand17_lines}
+
+
 def open_parts(name, root):
     """Return the parts that a data set is distributed in, {name: HandDataset of all its frames}.
 
@@ -141,10 +145,9 @@ def open_parts(name, root):
             lines = msra_lines(root, subject)
             parts[f"P{subject}"] = cls(path=root, dataset="test", subject=subject, lines=lines, targets=False)
         return parts
-    read = {"NYU": nyu_lines, "ICVL": icvl_lines, "HAND17": hand17_lines}[name]
     for split in ("train", "test"):
         unlabelled = name == "HAND17" and split == "test"
-        lines = read(root, split)
+        lines = READERS[name](root, split)
         parts[split] = cls(path=root, dataset=split, lines=lines, targets=False, test_only=unlabelled)
     return parts
 
