@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from datasets import DATASETS
+from engine.full_regression import COORDINATES_BIAS, FullRegression, label_size_of
 from model import PixelwiseRegression
 from utils import UserError, atomic_path, require_file
 
@@ -110,9 +111,12 @@ def load_network(path, dataset=None):
     checkpoint = load_checkpoint(path)
     try:
         weights = {WRAPPERS.sub("", name): value for name, value in checkpoint["state_dict"].items()}
-        joints = len(weights["stages.0.plane_regression.conv.9.bias"])
+        if COORDINATES_BIAS in weights:
+            cls, joints = FullRegression, len(weights[COORDINATES_BIAS]) // 3
+        else:
+            cls, joints = PixelwiseRegression, len(weights["stages.0.plane_regression.conv.9.bias"])
         _check_size(weights, checkpoint["model_param"])
-        network = PixelwiseRegression(joints, **checkpoint["model_param"])
+        network = cls(joints, **checkpoint["model_param"])
         network.load_state_dict(weights)
     except Exception as error:  # anything may stand in the place of weights and sizes
         raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:120]}") from error
@@ -127,9 +131,12 @@ def _check_size(weights, param):
     """Raise ValueError where `model_param` is not that of the weights: it might ask for all memory."""
     sizes = {
         "features": len(weights["stages.0.conv.weight"]),
-        "label_size": weights["stages.0.plane_regression.filter"].shape[-1],
         "kernel_size": weights["conv.0.weight"].shape[-1],
     }
+    if COORDINATES_BIAS in weights:
+        sizes["label_size"] = label_size_of(weights, param)
+    else:
+        sizes["label_size"] = weights["stages.0.plane_regression.filter"].shape[-1]
     wrong = [f"{name} {param[name]}" for name, size in sizes.items() if param.get(name, size) != size]
     if param["stage"] * (param["level"] + 1) > len(weights):
         wrong.append(f"stage {param['stage']} and level {param['level']}")

@@ -1,9 +1,25 @@
 """The paper's comparison network, which regresses coordinates directly; for ablation tables alone."""
 
+import math
+
 import torch
 from torch import nn
 
 from model import Hourglass, StageOutput, at_least_float32, conv_norm_relu, initialise, stem, validate_sizes
+
+# Of a checkpoint's weights, those whose number is three times the joints'.
+COORDINATES_BIAS = "stages.0.dense.14.bias"
+
+
+def dense_pixels(label_size):
+    """Return how many pixels are left of the heatmaps' grid after three strides of 2."""
+    return math.ceil(label_size / 8) ** 2
+
+
+def label_size_of(weights, param):
+    """Return the label size of a checkpoint's `param` where its dense layers have that size, else None."""
+    inputs = param["features"] * dense_pixels(param["label_size"])
+    return param["label_size"] if weights["stages.0.dense.10.weight"].shape[1] == inputs else None
 
 
 class RegressionStage(nn.Module):
@@ -13,14 +29,13 @@ class RegressionStage(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inputs, features, 1)
         self.hourglass = Hourglass(level, features, norm_method)
-        edge, layers = label_size, []
+        layers = []
         for _ in range(3):
             layers += conv_norm_relu(features, features, 3, norm_method, stride=2)
-            edge = (edge + 1) // 2
         self.dense = nn.Sequential(
             *layers,
             nn.Flatten(),
-            nn.Linear(features * edge**2, 1024),
+            nn.Linear(features * dense_pixels(label_size), 1024),
             nn.ReLU(),
             nn.Linear(1024, 1024),
             nn.ReLU(),

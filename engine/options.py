@@ -10,6 +10,7 @@ import yaml
 
 from datasets import DATASETS, MSRADataset
 from frames.cameras import PRESETS, parse_camera, split_numbers
+from model import COORDINATE_LOSSES
 from utils import UserError, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
@@ -20,11 +21,12 @@ RANGES = (
     (
         "0 or more",
         lambda x: 0 <= x < inf,
-        "num_workers weight_decay lambda_h lambda_d save_minutes max_bad_steps",
+        "num_workers weight_decay lambda_h lambda_d save_minutes max_bad_steps "
+        "rotation_deg shift_mm depth_noise coordinates_from warmup_epochs",
     ),
     (f"0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "alpha"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "holdout beta1 beta2"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "alpha erasing"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "holdout beta1 beta2 ema"),
 )
 
 
@@ -41,6 +43,8 @@ def parse_train(description, argv=None, subject=False):
     _add_training(parser)
     _add_stopping(parser)
     args = _parse(parser, argv)
+    if args.network == "full" and args.alpha < 1:
+        raise UserError("--network full has no maps: leave --alpha at 1")
     if args.kernel_size % 2 == 0 or args.kernel_size // 2 >= args.label_size:
         raise UserError(f"--kernel_size must be odd and below twice --label_size, not {args.kernel_size}")
     return args
@@ -117,6 +121,14 @@ def _add_samples(parser):
         group.add_argument(
             f"--using_{part}", type=int, choices=(0, 1), default=default, help=f"augment by {part}"
         )
+    group.add_argument("--rotation_deg", type=float, default=30.0, help="largest angle to turn by, degrees")
+    group.add_argument(
+        "--shift_mm", type=float, default=0.0, help="also shift the centre by up to this along x, y and z, mm"
+    )
+    group.add_argument(
+        "--erasing", type=float, default=0.0, help="share of crops that lose a rectangle, 0 to 1"
+    )
+    group.add_argument("--depth_noise", type=float, default=0.0, help="standard deviation of added noise, mm")
     group.add_argument(
         "--holdout",
         type=float,
@@ -127,6 +139,12 @@ def _add_samples(parser):
 
 def _add_network(parser):
     group = parser.add_argument_group("network")
+    group.add_argument(
+        "--network",
+        choices=("pixelwise", "full"),
+        default="pixelwise",
+        help="full: the paper's comparison, which regresses coordinates directly",
+    )
     group.add_argument(
         "--label_size", type=int, default=64, help="edge of the heatmaps, px; the crop is twice that"
     )
@@ -150,12 +168,39 @@ def _add_training(parser):
     group.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     group.add_argument("--lr_decay", type=float, default=0.2, help="factor on lr every --decay_epoch epochs")
     group.add_argument("--decay_epoch", type=int, default=15, help="epochs between two decays")
+    group.add_argument(
+        "--lr_schedule",
+        choices=("step", "cosine"),
+        default="step",
+        help="cosine: down to 0 along half a cosine, instead of --lr_decay",
+    )
+    group.add_argument(
+        "--warmup_epochs", type=float, default=0.0, help="of a cosine: lr climbs from 0 for so long"
+    )
     group.add_argument("--beta1", type=float, default=0.9, help="AdamW's beta 1, SGD's momentum")
     group.add_argument("--beta2", type=float, default=0.999, help="AdamW's beta 2")
     group.add_argument("--weight_decay", type=float, default=0.0, help="on all weights")
     group.add_argument("--alpha", type=float, default=1.0, help="1 regression, 0 detection, between mixed")
+    group.add_argument(
+        "--coordinates_from", type=int, default=0, help="alpha is 1 from this epoch on (0: never)"
+    )
+    group.add_argument(
+        "--coordinate_loss",
+        choices=tuple(COORDINATE_LOSSES),
+        default="squared",
+        help="of uvd, at alpha above 0",
+    )
     group.add_argument("--lambda_h", type=float, default=1.0, help="weight of the heatmaps' loss")
     group.add_argument("--lambda_d", type=float, default=0.01, help="weight of the depth maps' loss")
+    group.add_argument(
+        "--ema",
+        type=float,
+        default=0.0,
+        help="validate and save the weights' moving average, of this decay a step, as 0.999 (0: none)",
+    )
+    group.add_argument(
+        "--init", type=Path, help="begin with the weights of this checkpoint, of the same network"
+    )
     _add_switch(group, "--mixed_precision", "bfloat16 autocast; the decoder stays float32")
     _add_switch(group, "--compile", "compile the network (minutes once, then faster)")
 

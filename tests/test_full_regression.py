@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from engine.checkpoints import load_network, save_checkpoint
 from engine.full_regression import FullRegression
+from utils import UserError
 
 
 @pytest.mark.parametrize("norm_method", ["instance", "batch"])
@@ -35,3 +37,16 @@ def test_impossible_sizes_are_refused():
         FullRegression(14, label_size=8, features=32, level=0, norm_method="instance")
     with pytest.raises(ValueError, match="divisible"):
         FullRegression(14, label_size=20, features=32, level=4)
+
+
+def test_a_checkpoint_says_that_it_is_this_network(tmp_path):
+    network = FullRegression(16, 1, label_size=16, features=32, level=0, norm_method="instance").eval()
+    content = {"state_dict": network.state_dict(), "seed": 0, "model_param": network.param}
+    save_checkpoint(tmp_path / "full.pt", content)
+    loaded = load_network(tmp_path / "full.pt")
+    assert isinstance(loaded, FullRegression) and loaded.dataset == "ICVL"
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name])
+    save_checkpoint(tmp_path / "wrong.pt", {**content, "model_param": {**network.param, "label_size": 4096}})
+    with pytest.raises(UserError, match="not those of label_size 4096"):
+        load_network(tmp_path / "wrong.pt")

@@ -1,0 +1,122 @@
+"""What a recipe adds to the published one: schedules, averaged weights, weights to begin with."""
+
+import math
+
+import pytest
+import torch
+
+from engine.checkpoints import save_checkpoint
+from engine.options import parse_train
+from engine.recipe import averaged, epoch_options, learning_rate, load_weights, set_learning_rate
+from model import PixelwiseRegression
+from utils import UserError
+
+STRONG = (
+    "--alpha 0.5 --coordinates_from 2 --coordinate_loss smooth_l1 --lr_schedule cosine --warmup_epochs 0.5 "
+    "--ema 0.8 --rotation_deg 180 --shift_mm 10 --erasing 0.5 --depth_noise 2"
+).split()
+
+
+def save(network, path):
+    content = {"state_dict": network.state_dict(), "seed": 0, "model_param": network.param}
+    save_checkpoint(path, {**content, "dataset": {21: "HAND17", 16: "ICVL"}[network.joints]})
+    return path
+
+
+def small_network(joints=16, **more):
+    size = dict(stage=2, label_size=16, features=32, level=0, norm_method="instance")
+    return PixelwiseRegression(joints, **{**size, **more})
+
+
+# Schedules
+
+
+def test_alpha_turns_to_coordinates_alone_in_its_epoch():
+    args = parse_train("", ["--alpha", "0.5", "--coordinates_from", "3"])
+    assert [epoch_options(args, epoch).alpha for epoch in (1, 2, 3, 4)] == [0.5, 0.5, 1, 1]
+    assert args.alpha == 0.5 and epoch_options(parse_train("", []), 9).alpha == 1
+    assert epoch_options(parse_train("", ["--alpha", "0"]), 9).alpha == 0
+
+
+def test_cosine_climbs_then_falls_to_nothing():
+    args = parse_train("", "--lr_schedule cosine --warmup_epochs 2 --epoch 10 --lr 0.01".split())
+    assert [learning_rate(args, done) for done in (0, 1, 2)] == pytest.approx([0, 0.005, 0.01])
+    for done in (2.5, 6, 9.9, 10):
+        expected = 0.005 * (1 + math.cos(math.pi * (done - 2) / 8))
+        assert learning_rate(args, done) == pytest.approx(expected)
+    assert learning_rate(args, 10) == pytest.approx(0, abs=1e-12)
+    assert learning_rate(parse_train("", ["--lr_schedule", "cosine"]), 0) == 1e-3  # without warm-up
+
+
+def test_only_a_cosine_sets_the_rate_of_a_step():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5)
+    set_learning_rate(optimizer, parse_train("", []), 3)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    set_learning_rate(optimizer, parse_train("", ["--lr_schedule", "cosine", "--epoch", "6"]), 3)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+
+
+# Averaged weights
+
+
+def test_averaged_weights_are_those_of_a_slow_reference():
+    torch.manual_seed(0)
+    network = small_network(norm_method="batch")
+    average, slow = averaged(network, 0.7), None
+    for _ in range(5):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += torch.randn_like(parameter)
+            for buffer in network.buffers():
+                buffer += 1
+        average.update_parameters(network)
+        now = {name: value.double() for name, value in network.named_parameters()}
+        slow = now if slow is None else {name: 0.7 * slow[name] + 0.3 * now[name] for name in now}
+    for name, value in average.module.named_parameters():
+        torch.testing.assert_close(value.double(), slow[name], rtol=1e-5, atol=1e-6)
+    for one, other in zip(average.module.buffers(), network.buffers(), strict=True):
+        assert torch.equal(one, other)
+    assert averaged(network, 0) is None
+
+
+# Weights to begin with
+
+
+def test_weights_to_begin_with_are_kept_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    one, other = small_network(), small_network()
+    assert load_weights(other, save(one, tmp_path / "a.pt")) == []
+    for name, value in one.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+
+
+def test_layers_of_another_number_of_joints_begin_anew_and_are_named(tmp_path):
+    torch.manual_seed(0)
+    one, other = small_network(21), small_network(14)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    left_out = load_weights(other, save(one, tmp_path / "a.pt"))
+    heads = [
+        f"stages.{stage}.{name}"
+        for stage in (0, 1)
+        for name in (
+            *(
+                f"{kind}_regression.conv.9.{part}"
+                for kind in ("plane", "depth")
+                for part in ("weight", "bias")
+            ),
+            "plane_regression.w",
+        )
+    ]
+    assert sorted(left_out) == sorted([*heads, "stages.1.conv.weight"])
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, before[name] if name in left_out else one.state_dict()[name])
+
+
+@pytest.mark.parametrize("option", [{"features": 48}, {"stage": 1}, {"norm_method": "batch"}])
+def test_another_network_is_no_beginning(option, tmp_path):
+    one, (name, value) = small_network(**option), *option.items()
+    with pytest.raises(UserError, match=f"its {name} is {value}, here"):
+        load_weights(small_network(), save(one, tmp_path / "a.pt"))
+
+
+# In a run
