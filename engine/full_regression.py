@@ -59,22 +59,12 @@ class FullRegression(nn.Module):
         self, joints, stage=2, label_size=64, features=256, level=4, kernel_size=3, norm_method="batch"
     ):
         super().__init__()
-        self.joints = joints
-        self.param = dict(
-            stage=stage,
-            label_size=label_size,
-            features=features,
-            level=level,
-            kernel_size=kernel_size,
-            norm_method=norm_method,
-        )
+        size = dict(label_size=label_size, features=features, level=level, norm_method=norm_method)
+        self.joints, self.param = joints, dict(size, stage=stage, kernel_size=kernel_size)
         validate_sizes(joints, **self.param)
         if norm_method == "instance" and label_size <= 8:
-            raise ValueError(
-                f"label_size {label_size} leaves one pixel, which instance norm cannot normalise"
-            )
+            raise ValueError(f"label_size {label_size} leaves instance norm a single pixel: choose more")
         self.conv = stem(features, kernel_size, norm_method)
-        size = dict(label_size=label_size, features=features, level=level, norm_method=norm_method)
         self.stages = nn.ModuleList(
             RegressionStage(joints, features + 1 if s else features, **size) for s in range(stage)
         )

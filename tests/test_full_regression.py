@@ -33,7 +33,7 @@ def test_the_head_is_the_papers_and_later_stages_see_features_and_surface():
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match="leaves one pixel"):
+    with pytest.raises(ValueError, match="a single pixel"):
         FullRegression(14, label_size=8, features=32, level=0, norm_method="instance")
     with pytest.raises(ValueError, match="divisible"):
         FullRegression(14, label_size=20, features=32, level=4)
