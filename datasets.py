@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 from frames.cache import cache_of, line_key
 from frames.cameras import PRESETS
 from frames.files import FrameError, LineFile, parse_numbers, read_bin, read_png, unpack_rgb
-from frames.samples import LABEL_SIZE, HandFrame, Sample, prepare_crop, to_tensor
+from frames.samples import LABEL_SIZE, HandFrame, Sample, move_hand, prepare_crop, to_tensor
 from frames.transforms import (
+    ROTATION_DEG,
     Augmentation,
     Camera,
     Frame,
@@ -54,7 +55,8 @@ class HandDataset(Dataset):
     the sizes of crop and maps (px), `cube_size` half the edge of the hand's cube (mm), `dataset`
     the split, `process_mode` `uvd` (centre file) or `bb` (bounding box; HAND17's test split).
     `test_only` drops the labels; `targets=False` leaves heatmaps and depthmaps empty, for a caller
-    that makes them with `model.spatial_form`. `lines` replaces the index file. `use_cache=False`
+    that makes them with `model.spatial_form`. `rotation_deg, shift_mm, erasing, noise_mm` are what
+    `draw_augmentation` takes. `lines` replaces the index file. `use_cache=False`
     reads the frames' files also where a crop cache (frames/cache.py) lies beside the index.
 
     Opens index and cache and no image. Raises UserError where the index is missing.
@@ -89,6 +91,10 @@ class HandDataset(Dataset):
         using_scale=True,
         using_shift=True,
         using_flip=False,
+        rotation_deg=ROTATION_DEG,
+        shift_mm=0.0,
+        erasing=0.0,
+        noise_mm=0.0,
         cube_size=None,
         joint_number=None,
         dataset="train",
@@ -108,7 +114,9 @@ class HandDataset(Dataset):
         self.image_size, self.label_size = image_size, label_size
         self.test_only, self.targets = test_only, targets
         using = dict(rotation=using_rotation, scale=using_scale, shift=using_shift, flip=using_flip)
-        self.using = {part: bool(on) for part, on in using.items()}
+        more = dict(shift_mm=shift_mm, erasing=erasing, noise_mm=noise_mm)
+        self.augments = any(using.values()) or any(more.values())
+        self.drawn = {part: bool(on) for part, on in using.items()} | more | {"rotation_deg": rotation_deg}
         self.cube_mm = float(self.cube_mm if cube_size is None else cube_size)
         self.joint_number = self.joint_number if joint_number is None else joint_number
         self.split, self.process_mode = dataset, process_mode
@@ -138,12 +146,12 @@ class HandDataset(Dataset):
         seeds anew each epoch.
         """
         index, seed = key if isinstance(key, tuple) else (key, None)
-        if self.split != "train" or self.test_only or not any(self.using.values()):
+        if self.split != "train" or self.test_only or not self.augments:
             return self.sample(index)
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         # After a decoding has emptied the processor's caches, NumPy's generator takes four times as long.
-        return self.sample(index, draw_augmentation(random.Random(seed), **self.using))
+        return self.sample(index, draw_augmentation(random.Random(seed), **self.drawn))
 
     def sample(self, index, augmentation=PLAIN):
         """Return the Sample (UnlabelledSample with `test_only`) of frame `index` for one Augmentation.
@@ -172,6 +180,7 @@ class HandDataset(Dataset):
 
     def _crop(self, hand, augmentation):
         """Return (UnlabelledSample, normalised joints or None). Raises ValueError where it cannot be used."""
+        hand = move_hand(hand, augmentation.shift_mm, self.margin_mm, self.camera)
         shift_u, shift_v = augmentation.shift_px
         u, v, d = hand.center_uvd
         com = np.array([int(u + shift_u), int(v + shift_v), d])

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from engine import distributed
 from engine.batches import batches_of, to_device
 from engine.metrics import joint_errors_mm
+from engine.recipe import set_learning_rate
 from frames.drawing import draw_comparison
 from frames.samples import Sample
 from model import losses, spatial_form
@@ -54,7 +55,8 @@ def forward_losses(network, samples, args, mixed_precision=False):
     targets = None
     if args.alpha < 1:
         targets = spatial_form(samples.uvd, samples.label_img, samples.mask, args.kernel_size, args.sigmoid)
-    return outputs, losses(outputs, samples.uvd, targets, args.alpha, args.lambda_h, args.lambda_d)
+    weights = args.alpha, args.lambda_h, args.lambda_d
+    return outputs, losses(outputs, samples.uvd, targets, *weights, args.coordinate_loss)
 
 
 def train_step(network, optimizer, samples, args):
@@ -94,6 +96,7 @@ def train_one_epoch(network, loader, optimizer, device, args, progress):
     for batch in batches_of(loader):
         report_refused(batch.refused, args, progress.refused)
         samples = to_device(batch.samples, device)
+        set_learning_rate(optimizer, args, loader.sampler.epoch + progress.step / loader.sampler.steps)
         loss, applied = train_step(network, optimizer, samples, args)
         progress.count(loss, applied, int(distributed.total(len(batch.refused))))
         if not applied:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from engine import distributed
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.loops import Progress
+from engine.recipe import averaged
 from utils import Stopped, UserError, atomic_path
 
 # Options that may differ when a run is resumed: they do not change what is computed.
@@ -35,6 +36,7 @@ FREE_OPTIONS = {
     "skip_bad",
     "max_bad_steps",
     "compile",
+    "init",
 }
 
 STATE_KEYS = "state_dict optimizer scheduler epoch progress records seed options index".split()
@@ -81,13 +83,19 @@ class RunState:
             self.parallel = DistributedDataParallel(network, [device] if device.type == "cuda" else None)
         self.optimizer = build_optimizer(args, network.parameters())
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, args.decay_epoch, args.lr_decay)
+        self.average = averaged(network, args.ema)
         self.epoch, self.records, self.progress = 0, [], Progress()
         self.provenance = provenance(args, splits)
+
+    @property
+    def judged(self):
+        """The network that is validated and saved: with --ema that of the averaged weights."""
+        return self.average.module if self.average else self.network
 
     def checkpoint(self):
         """Return the published form of a checkpoint, with the provenance of the run."""
         return {
-            "state_dict": self.network.state_dict(),
+            "state_dict": self.judged.state_dict(),
             "seed": self.args.seed,
             "model_param": self.network.param,
             "dataset": self.args.dataset,
@@ -98,6 +106,8 @@ class RunState:
         """Return what `restore` takes over: a checkpoint and all else that a run goes on from."""
         return {
             **self.checkpoint(),
+            "state_dict": self.network.state_dict(),
+            "average": self.average and self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "epoch": self.epoch,
@@ -109,6 +119,8 @@ class RunState:
         """Take over what `capture` returned. Raises UserError where it does not fit."""
         try:
             self.network.load_state_dict(saved["state_dict"])
+            if self.average:
+                self.average.load_state_dict(saved["average"])
             self.optimizer.load_state_dict(saved["optimizer"])
             lay_like_weights(self.optimizer)
             self.scheduler.load_state_dict(saved["scheduler"])
@@ -192,9 +204,10 @@ def load_state(args):
     else:
         print(f"resuming from {path}, epoch {saved['epoch'] + 1}, step {saved['progress']['step']}")
     now = resolved_options(args)
+    free = FREE_OPTIONS - {"epoch"} if args.lr_schedule == "cosine" else FREE_OPTIONS
     for key, value in saved["options"].items():
         seed_free = key == "seed" and args.seed == 0
-        if key in now and key not in FREE_OPTIONS and str(now[key]) != str(value) and not seed_free:
+        if key in now and key not in free and str(now[key]) != str(value) and not seed_free:
             raise UserError(
                 f"--{key} is {now[key]} here and {value} in {path}: give the same, or leave --resume out"
             )

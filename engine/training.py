@@ -23,8 +23,10 @@ from engine.checkpoints import (
     seed_everything,
     torch_errors_explained,
 )
+from engine.full_regression import FullRegression
 from engine.log import Log
 from engine.loops import Progress, picture_of, train_one_epoch, validate
+from engine.recipe import epoch_options, load_weights
 from engine.state import RunState, Saver, checkpoint_path, load_state, run_name, write_options
 from frames.files import FrameError
 from model import PixelwiseRegression
@@ -45,7 +47,8 @@ def open_splits(args):
     if cls is MSRADataset:
         options["subject"] = args.subject
     using = {name: getattr(args, name) for name in vars(args) if name.startswith("using_")}
-    train = cls(dataset="train", **options, **using)
+    more = dict(rotation_deg=args.rotation_deg, shift_mm=args.shift_mm, erasing=args.erasing)
+    train = cls(dataset="train", **options, **using, **more, noise_mm=args.depth_noise)
     if not args.holdout:
         val = cls(dataset="val", **options)
         return train, np.arange(len(train)), val, np.arange(len(val))
@@ -58,17 +61,19 @@ def open_splits(args):
 
 def build_network(args, joints, device):
     """Return the network that the options describe, on the device. Raises UserError for an impossible one."""
+    size = dict(
+        stage=args.stages,
+        label_size=args.label_size,
+        features=args.features,
+        level=args.level,
+        kernel_size=args.filter_size,
+        norm_method=args.norm_method,
+    )
     try:
-        network = PixelwiseRegression(
-            joints,
-            stage=args.stages,
-            label_size=args.label_size,
-            features=args.features,
-            level=args.level,
-            kernel_size=args.filter_size,
-            norm_method=args.norm_method,
-            heatmap_method=args.heatmap_method,
-        )
+        if args.network == "full":
+            network = FullRegression(joints, **size)
+        else:
+            network = PixelwiseRegression(joints, **size, heatmap_method=args.heatmap_method)
     except ValueError as error:
         raise UserError(str(error)) from None
     if distributed.world_size() > 1 and args.norm_method == "batch":
@@ -101,7 +106,10 @@ def train(args):
     seed_everything(seed)
     train_set, train_indices, val_set, val_indices = open_splits(args)
     batch_size = usable_batch_size(args, len(train_indices))
-    state = RunState(args, build_network(args, train_set.joint_number, device), (train_set, val_set))
+    network = build_network(args, train_set.joint_number, device)
+    if args.init and not saved:
+        begin_with(network, args.init)
+    state = RunState(args, network, (train_set, val_set))
     if saved:
         state.restore(saved)
     sampler = EpochSampler(train_indices, batch_size, seed)
@@ -130,6 +138,13 @@ def train(args):
         return finish(state, saver, log)
 
 
+def begin_with(network, path):
+    """Give a network the weights of a checkpoint; say which of them it could not take."""
+    kept = load_weights(network, path)
+    if distributed.is_main():
+        print(f"{path}: its weights are the beginning" + (", not of " if kept else "") + ", ".join(kept))
+
+
 def usable_batch_size(args, frames):
     """Return --batch_size, or less where there are fewer training frames; say so."""
     most = frames - frames % distributed.world_size()
@@ -142,20 +157,23 @@ def usable_batch_size(args, frames):
 
 def train_epoch(state, train_loader, val_loader, device, saver):
     """Train and validate one epoch, or the rest of one; return its record."""
-    args, sampler, started = state.args, train_loader.sampler, time.perf_counter()
+    args, sampler = epoch_options(state.args, state.epoch + 1), train_loader.sampler
+    started = time.perf_counter()
     sampler.epoch, sampler.start = state.epoch, state.progress.step
     shown = dict(unit="step", leave=False, disable=not distributed.is_main())
     steps = train_one_epoch(state.parallel, train_loader, state.optimizer, device, args, state.progress)
     name = f"epoch {state.epoch + 1}"
     for progress in (bar := tqdm(steps, name, sampler.steps, initial=state.progress.step, **shown)):
         bar.set_postfix(loss=f"{progress.loss_sum / max(progress.good_steps, 1):.4f}", refresh=False)
+        if state.average and not progress.bad_in_a_row:
+            state.average.update_parameters(state.network)
         saver.stop_if_asked(state)
         saver.save_if_due(state)
     if not state.progress.good_steps:
         state.progress = Progress()  # the epoch begins anew once its frames are mended
         raise UserError(f"no step of epoch {state.epoch + 1} could be applied: see the warnings above")
     sums = torch.zeros(4, dtype=torch.float64)
-    steps = validate(state.network, val_loader, device, args, sums)
+    steps = validate(state.judged, val_loader, device, args, sums)
     for _ in tqdm(steps, "validate", len(val_loader), **shown):
         if saver.signals:
             break  # all processes end their validation before they stop
@@ -169,7 +187,7 @@ def train_epoch(state, train_loader, val_loader, device, saver):
         "loss": state.progress.loss_sum / state.progress.good_steps,
         "val_loss": loss / frames,
         "val_mm": error_mm / frames,
-        "lr": state.scheduler.get_last_lr()[0],
+        "lr": state.optimizer.param_groups[0]["lr"],
         "bad_steps": state.progress.bad_steps,
         "refused": state.progress.refused + int(refused),
         "seconds": round(time.perf_counter() - started, 2),
@@ -195,7 +213,7 @@ def validation_picture(state, val_loader, device):
     """Return a picture of the first validation frame, None where it cannot be used."""
     with suppress(FrameError):
         frames, index = val_loader.dataset.dataset, val_loader.sampler[0]
-        return picture_of(state.network, frames, index, device, state.args)
+        return picture_of(state.judged, frames, index, device, state.args)
 
 
 def finish(state, saver, log):

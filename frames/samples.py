@@ -5,7 +5,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from frames.transforms import Augmentation, Frame, Rect, augment_image, box_size_px, crop_hand, resize
+from frames.transforms import (
+    Augmentation,
+    Frame,
+    Rect,
+    augment_image,
+    box_size_px,
+    crop_hand,
+    hand_part,
+    resize,
+    uvd2xyz,
+    window_around,
+    xyz2uvd,
+)
 
 MIN_HAND_PIXELS = 10
 
@@ -24,6 +36,22 @@ class HandFrame(NamedTuple):
     cube_mm: float
     window: Rect | None = None
     joints_uvd: np.ndarray | None = None
+
+
+def move_hand(hand, shift_mm, margin_mm, camera):
+    """Return a HandFrame whose middle is moved by (x, y, z) mm, and with it the window, if it has one.
+
+    `margin_mm` is how much narrower than the cube the window is, None where there is none.
+    """
+    if not any(shift_mm):
+        return hand
+    center_uvd = xyz2uvd(uvd2xyz(hand.center_uvd, camera) + shift_mm, camera)
+    window = None
+    if margin_mm is not None:
+        window = window_around(center_uvd, hand.cube_mm - margin_mm, camera)
+    # As much as a crop cache keeps of a frame, so that a sample does not depend on there being one.
+    part = hand_part(hand.frame, hand.center_uvd[2], hand.cube_mm, hand.window)
+    return hand._replace(frame=part, center_uvd=center_uvd, window=window)
 
 
 class Sample(NamedTuple):

@@ -198,13 +198,6 @@ def draw_augmentation(
     )
 
 
-def move_center(center_uvd, shift_mm, camera):
-    """Return a centre (uvd) moved by (x, y, z) mm."""
-    if not any(shift_mm):
-        return center_uvd
-    return xyz2uvd(uvd2xyz(center_uvd, camera) + shift_mm, camera)
-
-
 def augment_image(image, augmentation):
     """Mirror, turn and scale a crop [S, S] about pixel (S // 2, S // 2); relative depths scale too.
 

@@ -10,8 +10,8 @@ import torch
 from conftest import expected
 from torch.utils.data import DataLoader
 
-from check_dataset import refusal
-from datasets import DATASETS, NYUDataset, frame_number, test_labels_uvd
+from check_dataset import build_cache, refusal
+from datasets import DATASETS, HAND17Dataset, NYUDataset, frame_number, test_labels_uvd
 from frames import samples
 from frames.files import FrameError, LineFile
 from frames.samples import Sample, UnlabelledSample
@@ -469,3 +469,20 @@ def test_frame_error_keeps_its_parts_across_processes():
         "the file is missing",
         "a.png: the file is missing",
     )
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_centre_shifted_in_millimetres_moves_crop_and_labels_together(cached, indexed, tmp_path):
+    root = shutil.copytree(indexed("HAND17"), tmp_path / "HAND17")
+    if cached:
+        build_cache("HAND17", root)
+    frames = HAND17Dataset(path=root, dataset="train", targets=False)
+    assert bool(frames.cache) == cached
+    plain, moved = frames.sample(0), frames.sample(0, Augmentation(shift_mm=(12.0, -8.0, 20.0)))
+    before, after = (frames.uvd2xyz(sample.com.double().numpy()) for sample in (plain, moved))
+    np.testing.assert_allclose(after - before, (12, -8, 20), atol=2.5)  # whole pixels
+    both = [frames.recover_uvd(s.uvd[None].double(), type(s)(*(f[None] for f in s))) for s in (plain, moved)]
+    np.testing.assert_allclose(both[0], both[1], atol=1e-3)
+    other = HAND17Dataset(path=root, dataset="train", targets=False, use_cache=not cached)
+    for one, another in zip(moved, other.sample(0, Augmentation(shift_mm=(12.0, -8.0, 20.0)))):
+        assert torch.equal(one, another)

@@ -21,7 +21,6 @@ from frames.transforms import (
     draw_augmentation,
     hand_part,
     joints_to_crop,
-    move_center,
     recover_uvd,
     resize,
     uvd2xyz,
@@ -345,13 +344,6 @@ def test_noise_has_its_size_its_seed_and_leaves_what_was_not_measured():
 def test_erasing_and_noise_leave_labels_alone(augmentation):
     uvd = np.random.default_rng(0).normal(size=(21, 3))
     np.testing.assert_array_equal(augment_joints(uvd, augmentation), uvd)
-
-
-def test_a_centre_moves_by_millimetres_in_space():
-    center_uvd = np.array([30.0, 10, 500])
-    moved = move_center(center_uvd, (10, -20, 30), CAMERA)
-    np.testing.assert_allclose(uvd2xyz(moved, CAMERA) - uvd2xyz(center_uvd, CAMERA), (10, -20, 30))
-    assert move_center(center_uvd, (0.0, 0.0, 0.0), CAMERA) is center_uvd
 
 
 def test_parts_beyond_the_published_ones_are_off_and_leave_their_draws_alone():
