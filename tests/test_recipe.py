@@ -1,15 +1,22 @@
 """What a recipe adds to the published one: schedules, averaged weights, weights to begin with."""
 
 import math
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
+from test_resume import signal_during
+from training import RUN, assert_same_run, assert_same_values, records, repeat_lines, train_tiny
 
-from engine.checkpoints import save_checkpoint
-from engine.options import parse_train
+from engine.checkpoints import load_checkpoint, load_network, save_checkpoint
+from engine.full_regression import FullRegression
+from engine.options import parse_test, parse_train
 from engine.recipe import averaged, epoch_options, learning_rate, load_weights, set_learning_rate
+from engine.testing import test as read_test
 from model import PixelwiseRegression
-from utils import UserError
+from utils import Stopped, UserError
 
 STRONG = (
     "--alpha 0.5 --coordinates_from 2 --coordinate_loss smooth_l1 --lr_schedule cosine --warmup_epochs 0.5 "
@@ -120,3 +127,81 @@ def test_another_network_is_no_beginning(option, tmp_path):
 
 
 # In a run
+
+
+@pytest.fixture
+def place(fresh_indexed):
+    """Make a current folder whose Data/ICVL has 24 training and 6 validation frames: 6 and 2 steps."""
+    root = fresh_indexed("ICVL")
+    repeat_lines(root / "train.txt", 24)
+    repeat_lines(root / "val.txt", 6)
+
+
+def test_a_run_with_every_option_goes_on_as_if_never_stopped(place, tmp_path, monkeypatch):
+    train_tiny(*STRONG)
+    for folder in ("Model", "logs"):
+        shutil.move(folder, tmp_path / "whole" / folder)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="in epoch 2 after step 3"):
+        signal_during(patch, signal.SIGTERM, "train_step", call=9)
+        train_tiny(*STRONG)
+    train_tiny(*STRONG, "--resume")
+    assert_same_run(".", tmp_path / "whole")
+    average, other = (
+        load_checkpoint(folder / "Model" / f"{RUN}_last.pt")["average"]
+        for folder in (Path(), tmp_path / "whole")
+    )
+    assert_same_values(average, other)
+    with pytest.raises(UserError, match="--epoch is 3 here and 2"):  # a cosine's shape depends on it
+        train_tiny(*STRONG, "--resume", "--epoch", 3)
+
+
+def test_averaged_weights_are_those_that_are_saved_and_validated(place):
+    train_tiny("--ema", 0.9, "--epoch", 1)
+    saved, last = (load_checkpoint(Path("Model", f"{RUN}_{which}.pt")) for which in (1, "last"))
+    for name, value in saved["state_dict"].items():
+        assert torch.equal(value, last["average"][f"module.{name}"])
+    assert any(
+        not torch.equal(value, saved["state_dict"][name]) for name, value in last["state_dict"].items()
+    )
+    (record,) = records()
+    best_mm, weights = record["val_mm"], last["state_dict"]
+    # Another epoch without a step's effect would validate the raw weights: they give another error.
+    save_checkpoint("raw.pt", {**saved, "state_dict": weights})
+    still = ("--opt", "sgd", "--lr", 1e-30, "--epoch", 1)
+    train_tiny("--suffix", "raw", "--init", "raw.pt", *still)
+    train_tiny("--suffix", "averaged", "--init", f"Model/{RUN}_1.pt", *still)
+    raw, averaged_ = (
+        load_checkpoint(Path("Model", f"ICVL_{suffix}_1.pt"))["record"]["val_mm"]
+        for suffix in ("raw", "averaged")
+    )
+    assert averaged_ == pytest.approx(best_mm, abs=1e-9) and raw != averaged_
+
+
+def test_training_says_what_it_begins_with(place, capfd):
+    torch.manual_seed(1)
+    other = PixelwiseRegression(21, 1, label_size=16, features=32, level=0, norm_method="instance")
+    train_tiny("--init", save(other, "other.pt"), "--opt", "sgd", "--lr", 1e-30, "--epoch", 1)
+    assert "other.pt: its weights are the beginning, not of stages.0.plane" in capfd.readouterr().out
+    weights = load_checkpoint(Path("Model", f"{RUN}_1.pt"))["state_dict"]
+    assert torch.equal(weights["conv.0.weight"], other.state_dict()["conv.0.weight"])
+    assert len(weights["stages.0.plane_regression.conv.9.bias"]) == 16
+    with pytest.raises(UserError, match="absent.pt not found"):
+        train_tiny("--init", "absent.pt")
+
+
+def test_the_comparison_network_trains_and_tests(place):
+    train_tiny("--network", "full", "--label_size", 16)
+    assert isinstance(load_network(f"Model/{RUN}_final.pt"), FullRegression)
+    assert (
+        len(read_test(parse_test("", ["--dataset", "ICVL", "--device", "cpu", "--num_workers", "0"]))[0]) > 0
+    )
+    with pytest.raises(UserError, match="leave --alpha at 1"):
+        parse_train("", ["--network", "full", "--alpha", "0.5"])
+
+
+def test_the_loss_of_an_epoch_is_that_of_its_options(place):
+    terms = []
+    for options in ((), ("--coordinate_loss", "l1"), ("--alpha", 0), ("--alpha", 0, "--coordinates_from", 1)):
+        train_tiny("--epoch", 1, *options)
+        terms.append(records()[0]["loss"])
+    assert len(set(terms)) == 3 and terms[0] == terms[3]
