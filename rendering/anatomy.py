@@ -34,7 +34,7 @@ GIRTH_LIMITS = (0.82, 1.2)
 # the ranges of the American Academy of Orthopaedic Surgeons, Joint Motion, 1965 (thumb abduction 0..70, MCP
 # 0..50, IP 0..80, wrist flexion -70..80, deviation -20 (radial) .. 30 (ulnar)).
 LIMITS_DEG = {
-    "thumb_radial": (0, 65),
+    "thumb_radial": (-15, 65),
     "thumb_palmar": (0, 65),
     "thumb_mcp": (-5, 55),
     "thumb_ip": (-15, 80),
@@ -61,29 +61,61 @@ DIP_SPREAD_DEG = 4
 THUMB = {
     "out": (46, 14, 0, 0),
     "side": (22, 14, 12, 10),
-    "across": (16, 46, 42, 48),
-    "in": (8, 44, 40, 30),
-    "index": (25, 43, 17, 26),
-    "middle": (19, 49, 25, 30),
-    "ring": (12, 55, 36, 34),
-    "little": (2, 56, 51, 40),
+    "beside": (27, 13, 12, 10),
+    "across": (15, 41, 18, 68),
+    "on index": (37, 32, 30, 78),
+    "in": (20, 48, 55, 38),
+    "palm": (4, 8, 55, 76),
+    "low": (18, 19, 55, 74),
+    "between 1 and 2": (31, 0, 49, 79),
+    "between 2 and 3": (24, 12, 55, 79),
+    "between 3 and 4": (11, 19, 55, 78),
+    "lateral": (15, 6, 31, 19),
+    "opposed": (32, 50, 10, 18),
+    "tip": (46, 40, 40, 62),
+    "index": (36, 43, 34, 30),
+    "middle": (9, 52, 27, 2),
+    "ring": (0, 59, 21, 42),
+    "little": (5, 64, 52, 35),
+    "on little": (7, 56, 54, 37),
 }
-FINGER = {"S": (2, 4), "R": (22, 28), "C": (78, 98), "H": (8, 92), "F": (70, 12), "P": (58, 52)}
+# S straight, R relaxed, C closed, L loosely so, H hooked, E with the knuckle bent too, D draped over the
+# thumb, F flat and bent at the knuckle, K half so, P and O with the tip at the thumb's, B bent evenly, X
+# before and Y behind a finger that it crosses, T over the thumb.
+FINGER = {
+    "S": (2, 4),
+    "R": (22, 28),
+    "C": (84, 104),
+    "L": (70, 84),
+    "H": (8, 92),
+    "E": (36, 108),
+    "D": (70, 57),
+    "F": (70, 12),
+    "K": (46, 6),
+    "P": (58, 52),
+    "O": (60, 58),
+    "B": (38, 40),
+    "X": (16, 12),
+    "Y": (-10, 6),
+    "T": (57, 75),
+}
 # Gesture: thumb state and the states of index, middle, ring and little finger, then how far they are spread
-# (0..1).
+# (0..1) or their abductions in degrees. Single capitals: letters that no other gesture shows.
 GESTURES = {
     "open": ("out", "SSSS", 0.8),
     "flat": ("side", "SSSS", 0.0),
     "relaxed": ("side", "RRRR", 0.3),
     "fist": ("across", "CCCC", 0.0),
+    "fist, thumb on index": ("on index", "CCCC", 0.0),
     "thumb up": ("out", "CCCC", 0.0),
     "point": ("across", "SCCC", 0.0),
     "gun": ("out", "SCCC", 0.0),
     "two": ("in", "SSCC", 0.7),
-    "three": ("in", "SSSC", 0.6),
+    "three": ("on little", "SSSL", 0.6),
     "three, thumb": ("out", "SSCC", 0.6),
-    "four": ("in", "SSSS", 0.6),
+    "four": ("palm", "SSSS", 0.6),
     "horns": ("across", "SCCS", 0.2),
+    "horns, thumb": ("out", "SCCS", 0.2),
     "Y": ("out", "CCCS", 0.3),
     "little": ("across", "CCCS", 0.0),
     "claw": ("out", "HHHH", 0.5),
@@ -95,7 +127,23 @@ GESTURES = {
     "ring pinch": ("ring", "SSPS", 0.4),
     "little pinch": ("little", "SSSP", 0.4),
     "grasp": ("index", "PPPP", 0.2),
+    "bottle": ("opposed", "BBBB", 0.3),
+    "key": ("beside", "LLLL", 0.0),
     "index bent": ("across", "HCCC", 0.0),
+    "A": ("beside", "CCCC", 0.0),
+    "B": ("palm", "SSSS", 0.0),
+    "C": ("opposed", "BBBB", 0.0),
+    "D": ("middle", "SPPP", 0.0),
+    "E": ("low", "EEEE", 0.0),
+    "G": ("side", "FCCC", 0.0),
+    "H": ("across", "SSCC", 0.0),
+    "K": ("lateral", "SKCC", 0.2),
+    "M": ("between 3 and 4", "DDDC", 0.0),
+    "N": ("between 2 and 3", "DDCC", 0.0),
+    "O": ("tip", "OOOO", 0.0),
+    "R": ("in", "XYCC", (-14, 14, 0, 0)),
+    "T": ("between 1 and 2", "TCCC", 0.0),
+    "X": ("across", "ECCC", 0.0),
 }
 SPREAD_DEG = (11, 3, -5, -12)  # abduction of index .. little at spread 1, to the thumb positive
 
@@ -110,27 +158,32 @@ CARPAL_MM = (
     (-16.0, -21.0, -2.0),
 )
 METACARPAL_DEG = (13.0, 3.0, -8.0, -19.0)  # direction of the four metacarpals in the palm's plane
+# Bent by 90 degrees, fingers lean so far to the middle one: those of a fist lie side by side.
+CONVERGENCE_DEG = (-3.0, 0.0, 5.0, 11.0)
+PALM_MM = 11.0  # half the palm's thickness along the metacarpals
 # Radii of the flesh in mm on the mean hand at base, middle, end joint and tip of thumb .. little.
 RADII_MM = (
-    (14.0, 11.8, 10.4, 8.6),
+    (14.4, 12.4, 11.0, 9.2),
     (11.6, 9.8, 8.5, 7.3),
     (12.0, 10.0, 8.7, 7.4),
     (11.4, 9.4, 8.2, 7.1),
     (10.4, 8.3, 7.2, 6.3),
 )
+# How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
+BULGE = (0.03, 0.05, 0.03, 0.0)
+# Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.
+ARM_MM = ((9.5, 4.0), (19.0, 8.0))
+SLEEVE_MM = (10.0, 5.0)  # cloth and folds at the sleeve's end and at the elbow
 # Spheres of the surface: 4 a finger (0..19), then those that `_palm_spheres` and `_forearm_spheres` add.
-PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, WEBS, WRIST_R, WRIST_U, ELBOW_R, ELBOW_U = (
+PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, WEBS = (
     20,
     21,
     22,
     23,
     24,
     (25, 26, 27),
-    28,
-    29,
-    30,
-    31,
 )
+WRIST_R, WRIST_U, ELBOW_R, ELBOW_U, SLEEVE_R, SLEEVE_U = range(28, 34)
 # Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
 # Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
 HAND_WEDGES = (
@@ -154,4 +207,9 @@ HAND_CONES = tuple((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3
     (0, THENAR),
     (THENAR, 1),
 )
-ARM_WEDGES = ((WRIST_R, WRIST_U, ELBOW_R), (WRIST_U, ELBOW_R, ELBOW_U))
+ARM_WEDGES = (
+    (WRIST_R, WRIST_U, ELBOW_R),
+    (WRIST_U, ELBOW_R, ELBOW_U),
+    (SLEEVE_R, SLEEVE_U, ELBOW_R),
+    (SLEEVE_U, ELBOW_R, ELBOW_U),
+)

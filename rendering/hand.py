@@ -16,47 +16,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rendering.anatomy import (
-    ANGLES,
-    ARM_WEDGES,
-    BONE_LIMIT_SD,
-    BONES_MM,
-    BONES_SD_MM,
-    CARPAL_MM,
-    DIP_OVER_PIP,
-    DIP_SPREAD_DEG,
-    FINGER,
-    GESTURES,
-    GIRTH_LIMITS,
-    HAND_CONES,
-    HAND_WEDGES,
-    LIMITS_DEG,
-    METACARPAL_DEG,
-    RADII_MM,
-    SIZE_SHARE,
-    SOFT_TIP_MM,
-    SPREAD_DEG,
-    THUMB,
-)
+from rendering import anatomy
 from rendering.surface import Surface, build_surface
 
-GRIP_TRIES = 6  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
+WRIST_SD_DEG = (23.0, 11.0)  # flexion, deviation
+GRIP_TRIES = 8  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
 OVERLAP_MM = 5.0  # flesh may be pressed this deep
 VIEW_TRIES = 3  # times that a view is drawn anew while the forearm comes towards the camera,
-TOWARDS = -0.3  # that is, by more than this share of its length
+TOWARDS = -0.5  # that is, by more than this share of its length
+SLEEVES_MM = (20.0, 420.0)  # of many arms no sleeve is seen
 NOISE_COLUMNS = 300  # uniform numbers that `draw_hands` and `place` use up for a hand, rounded up
 
 
 class Hands(NamedTuple):
     """A batch of hands: people, their poses and where they are."""
 
-    bones_mm: Tensor  # [B, 5, 4], see BONES_MM
+    bones_mm: Tensor  # [B, 5, 4], see anatomy.BONES_MM
     girth: Tensor  # [B] thickness over the mean hand's
-    angles: Tensor  # [B, 22] in the order of ANGLES
+    angles: Tensor  # [B, 22] in the order of anatomy.ANGLES
     rotation: Tensor  # [B, 4] unit quaternion (w, x, y, z), hand frame to camera frame
     wrist_mm: Tensor  # [B, 3] camera frame
     left: Tensor  # [B] bool
     forearm_mm: Tensor  # [B]
+    arm_girth: Tensor  # [B] thickness of the forearm over the mean one's
+    sleeve_mm: Tensor  # [B] from the wrist to where a sleeve begins; beyond the forearm there is none
 
 
 class Noise:
@@ -108,47 +91,57 @@ def _about(axis: tuple, angle: Tensor) -> Tensor:
 
 def _draw_people(noise: Noise, like: Tensor) -> tuple[Tensor, Tensor]:
     """Draw bone lengths [B, 5, 4] in mm and girths [B]."""
-    mean, deviation = like.new_tensor(BONES_MM), like.new_tensor(BONES_SD_MM)
+    mean, deviation = like.new_tensor(anatomy.BONES_MM), like.new_tensor(anatomy.BONES_SD_MM)
     size = noise.normal(1)[:, :, None]
     own = noise.normal(20).reshape(-1, 5, 4)
-    score = SIZE_SHARE * size + math.sqrt(1 - SIZE_SHARE**2) * own
-    bones_mm = mean + deviation * score.clamp(-BONE_LIMIT_SD, BONE_LIMIT_SD)
+    score = anatomy.SIZE_SHARE * size + math.sqrt(1 - anatomy.SIZE_SHARE**2) * own
+    bones_mm = mean + deviation * score.clamp(-anatomy.BONE_LIMIT_SD, anatomy.BONE_LIMIT_SD)
     girth = 1 + 0.055 * size[:, 0, 0] + 0.045 * noise.normal(1)[:, 0]
-    return bones_mm, girth.clamp(*GIRTH_LIMITS)
+    return bones_mm, girth.clamp(*anatomy.GIRTH_LIMITS)
 
 
 def limits_rad(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lower and the upper limits [22] of the angles, radians, in the order of ANGLES."""
-    low, high = zip(*(LIMITS_DEG[name] for name in ANGLES))
+    """Return the lower and the upper limits [22] of the angles, radians, in the order of anatomy.ANGLES."""
+    low, high = zip(*(anatomy.LIMITS_DEG[name] for name in anatomy.ANGLES))
     return like.new_tensor(low).deg2rad(), like.new_tensor(high).deg2rad()
 
 
 def gesture_angles(like: Tensor) -> Tensor:
-    """Return the angles [G, 22] of GESTURES in radians, wrist straight."""
+    """Return the angles [G, 22] of anatomy.GESTURES in radians, wrist straight."""
     rows = []
-    for thumb, fingers, spread in GESTURES.values():
-        row = list(THUMB[thumb])
-        for state, abduction in zip(fingers, SPREAD_DEG):
-            mcp, pip = FINGER[state]
-            row += [mcp, spread * abduction, pip, DIP_OVER_PIP * pip]
+    for thumb, fingers, spread in anatomy.GESTURES.values():
+        row = list(anatomy.THUMB[thumb])
+        abductions = (
+            spread if isinstance(spread, tuple) else [spread * degrees for degrees in anatomy.SPREAD_DEG]
+        )
+        for state, abduction in zip(fingers, abductions):
+            mcp, pip = anatomy.FINGER[state]
+            row += [mcp, abduction, pip, anatomy.DIP_OVER_PIP * pip]
         rows.append(row + [0, 0])
     angles = like.new_tensor(rows).deg2rad()
     return _coupled(angles, torch.zeros_like(angles[:, :4]))
 
 
 def _draw_angles(noise: Noise, like: Tensor) -> Tensor:
-    """Draw poses [B, 22]: gestures, mixtures of two finger by finger, and free ones, within the limits."""
+    """Draw GRIP_TRIES poses [B, tries, 22] within the limits: gestures, and mixtures of two finger by finger.
+
+    From try to try they come nearer to a gesture as it stands in the table; the last ones are opened a bit.
+    """
     table = gesture_angles(like)
     first, second = (table[(noise.uniform(1)[:, 0] * len(table)).long()] for _ in range(2))
     kind = noise.uniform(1)
     # One weight a finger; 0 for a plain gesture, the same for all fingers half-way between two.
     share = torch.where(kind < 0.4, 0 * kind, torch.where(kind < 0.7, noise.uniform(1), noise.uniform(5)))
     share = torch.cat((share.repeat_interleave(4, 1), torch.zeros_like(kind).expand(-1, 2)), 1)
-    angles = first + share * (second - first)
-    angles = angles + torch.deg2rad(noise.uniform(1, 1, 9) * noise.normal(22))
-    angles[:, 20] = torch.deg2rad(18 * noise.normal(1)[:, 0])
-    angles[:, 21] = torch.deg2rad(9 * noise.normal(1)[:, 0])
-    return _coupled(angles, torch.deg2rad(DIP_SPREAD_DEG * noise.uniform(4, -1, 1)))
+    scale = torch.deg2rad(noise.uniform(1, 1, 9))
+    dip = torch.deg2rad(anatomy.DIP_SPREAD_DEG * noise.uniform(4, -1, 1))
+    wrist = torch.deg2rad(noise.normal(2) * share.new_tensor(WRIST_SD_DEG))
+    tries = []
+    for left in torch.linspace(1, -0.6, GRIP_TRIES).tolist():
+        angles = first + max(left, 0) * share * (second - first) + max(left, 0.1) * scale * noise.normal(22)
+        angles = angles * (1 + 0.25 * min(left, 0))
+        tries.append(_coupled(torch.cat((angles[:, :20], wrist), 1), max(left, 0) * dip))
+    return torch.stack(tries, 1)
 
 
 def _coupled(angles: Tensor, dip_offset: Tensor) -> Tensor:
@@ -158,7 +151,7 @@ def _coupled(angles: Tensor, dip_offset: Tensor) -> Tensor:
     mcp, pip = angles[:, 4:20:4], angles[:, 6:20:4]
     spreadable = (1 - mcp.clamp(min=0) / (math.pi / 2)).clamp(min=0.15)
     angles[:, 5:20:4] *= spreadable
-    angles[:, 7:20:4] = DIP_OVER_PIP * pip + dip_offset
+    angles[:, 7:20:4] = anatomy.DIP_OVER_PIP * pip + dip_offset
     return angles.clamp(low, high)
 
 
@@ -184,20 +177,30 @@ def _draw_rotations(noise: Noise) -> Tensor:
 
 def _local_joints(bones_mm: Tensor, angles: Tensor) -> Tensor:
     """Return the joints [B, 21, 3] in the hand frame of a right hand."""
-    base = bones_mm.new_tensor(CARPAL_MM) * (bones_mm[:, 2, 0] / BONES_MM[2][0])[:, None, None]  # (B, 5, 3)
-    base[:, 0] *= (bones_mm[:, 0, 0] / BONES_MM[0][0] / (bones_mm[:, 2, 0] / BONES_MM[2][0]))[:, None]
+    base = _carpus(bones_mm)
+    base[:, 0] *= (bones_mm[:, 0, 0] / anatomy.BONES_MM[0][0] / (bones_mm[:, 2, 0] / anatomy.BONES_MM[2][0]))[
+        :, None
+    ]
     chains = [_thumb(base[:, 0], bones_mm[:, 0, 1:], angles[:, :4])]
     zero = torch.zeros_like(angles[:, 0])
     for k in range(1, 5):
         mcp, abduction, pip, dip = angles[:, 4 * k : 4 * k + 4].unbind(1)
-        ray = math.radians(METACARPAL_DEG[k - 1])
+        ray = math.radians(anatomy.METACARPAL_DEG[k - 1])
         along = base.new_tensor((math.sin(ray), -math.cos(ray), 0.0))
         splay = 0.5 * ray + abduction
         forward = torch.stack((splay.sin(), -splay.cos(), zero), -1)
-        palmar = base.new_tensor((0.0, 0.0, -1.0)).expand_as(forward)
+        across = torch.stack((splay.cos(), splay.sin(), zero), -1)
+        towards = math.radians(anatomy.CONVERGENCE_DEG[k - 1])
+        palmar = math.sin(towards) * across - math.cos(towards) * base.new_tensor((0.0, 0.0, 1.0))
         knuckle = base[:, k] + along * bones_mm[:, k, :1]
         chains.append(_bend(knuckle, forward, palmar, bones_mm[:, k, 1:], (mcp, mcp + pip, mcp + pip + dip)))
     return torch.cat((torch.zeros_like(base[:, :1]), *chains), 1)
+
+
+def _carpus(bones_mm: Tensor) -> Tensor:
+    """Return where thumb and metacarpals begin [B, 5, 3], further apart in longer hands."""
+    size = bones_mm[:, 2, :1] / anatomy.BONES_MM[2][0]
+    return bones_mm.new_tensor(anatomy.CARPAL_MM) * size[..., None]
 
 
 def _thumb(base: Tensor, lengths_mm: Tensor, angles: Tensor) -> Tensor:
@@ -227,30 +230,33 @@ def _length(vectors: Tensor) -> Tensor:
 
 
 def _local_spheres(hands: Hands, joints: Tensor) -> tuple[Tensor, Tensor]:
-    """Return centres [B, 32, 3] in the hand frame and radii [B, 32] of the surface's spheres."""
+    """Return centres [B, 34, 3] in the hand frame and radii [B, 34] of the surface's spheres."""
     girth = hands.girth[:, None]
-    radii = joints.new_tensor(RADII_MM)
+    radii = joints.new_tensor(anatomy.RADII_MM)
     chains = joints[:, 1:].reshape(-1, 5, 4, 3)
-    # The last sphere ends where the flesh does, SOFT_TIP_MM beyond the bone; the tip joint lies inside it.
+    # The last sphere ends where the flesh does, beyond the bone; the tip joint lies inside it.
     reach = chains[:, :, 3] - chains[:, :, 2]
-    inset = (radii[:, 3] * girth - SOFT_TIP_MM)[..., None] / _length(reach)
+    inset = (radii[:, 3] * girth - anatomy.SOFT_TIP_MM)[..., None] / _length(reach)
     ends = chains[:, :, 3] - inset * reach
     fingers = torch.cat((chains[:, :, :3], ends[:, :, None]), 2).reshape(-1, 20, 3)
     palm, palm_radii = _palm_spheres(hands, chains)
     arm, arm_radii = _forearm_spheres(hands)
-    sizes = torch.cat((radii.reshape(-1), palm_radii, arm_radii))
-    return torch.cat((fingers, palm, arm), 1), sizes * girth
+    # Flesh between bent bones goes to the sides.
+    pressed = hands.angles[:, 2:20:4].clamp(min=0)[..., None] * radii.new_tensor(anatomy.BULGE)
+    sizes = (radii * (1 + pressed)).flatten(1)
+    sizes = torch.cat((sizes, palm_radii.expand(len(sizes), -1)), 1)
+    return torch.cat((fingers, palm, arm), 1), torch.cat((sizes * girth, arm_radii), 1)
 
 
 def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     """Return spheres 20..27: ends of the carpus, thenar, thumb web, hypothenar, webs."""
-    size = (hands.bones_mm[:, 2, :1] / BONES_MM[2][0])[..., None]
-    carpal = chains.new_tensor(CARPAL_MM) * size
+    carpal = _carpus(hands.bones_mm)
     girth = hands.girth[:, None]
     palmar = chains.new_tensor((0.0, 0.0, -1.0))
-    thenar = 0.55 * chains[:, 0, 0] + 0.45 * chains[:, 0, 1] + palmar * 2.5 * girth
+    closed = hands.angles[:, 4:20:4].mean(1, keepdim=True).clamp(min=0) * girth  # 1.5 for a fist
+    thenar = 0.55 * chains[:, 0, 0] + 0.45 * chains[:, 0, 1] + palmar * (2.5 * girth + 2.5 * closed)
     web_thumb = 0.42 * carpal[:, 1] + 0.58 * chains[:, 1, 0] + palmar * 1.5 * girth
-    hypothenar = 0.6 * carpal[:, 4] + 0.4 * chains[:, 4, 0] + palmar * 3.5 * girth
+    hypothenar = 0.6 * carpal[:, 4] + 0.4 * chains[:, 4, 0] + palmar * (3.5 * girth + 3 * closed)
     proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
     singles = torch.stack((carpal[:, 1], carpal[:, 4], thenar, web_thumb, hypothenar), 1)
@@ -258,19 +264,21 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forearm_spheres(hands: Hands) -> tuple[Tensor, Tensor]:
-    """Return spheres 28..31: both sides of the wrist and of the forearm's far end, turned at the wrist."""
+    """Return spheres 28..33 and their radii: both sides of the wrist, the elbow and the sleeve's end."""
     flexion, deviation = hands.angles[:, 20], hands.angles[:, 21]
-    zero = torch.zeros_like(flexion)
     along = torch.stack(
         (deviation.sin() * flexion.cos(), deviation.cos() * flexion.cos(), -flexion.sin()), -1
     )
-    across = torch.stack((deviation.cos(), -deviation.sin(), zero), -1) * hands.girth[:, None]
-    elbow = along * hands.forearm_mm[:, None]
-    thicker = 1 + 0.3 * (hands.forearm_mm[:, None] / 250)
-    spheres = torch.stack(
-        (12.5 * across, -12.5 * across, elbow + 14 * thicker * across, elbow - 14 * thicker * across), 1
-    )
-    return spheres, hands.angles.new_tensor((16.0, 16.0, 24.0, 25.0))
+    across = torch.stack((deviation.cos(), -deviation.sin(), torch.zeros_like(flexion)), -1)
+    sleeve_mm = torch.minimum(hands.sleeve_mm, hands.forearm_mm)
+    away_mm = torch.stack((torch.zeros_like(sleeve_mm), hands.forearm_mm, sleeve_mm), 1)  # (B, 3)
+    size = torch.stack((hands.girth, hands.arm_girth, hands.arm_girth), 1)
+    side, radius = (size * (start + growth * away_mm / 250) for start, growth in anatomy.ARM_MM)
+    cloth = size.new_tensor((0.0, anatomy.SLEEVE_MM[1], anatomy.SLEEVE_MM[0]))
+    radius = radius + cloth * (hands.sleeve_mm < hands.forearm_mm)[:, None]
+    middle, side = away_mm[..., None] * along[:, None], side[..., None] * across[:, None]
+    spheres = torch.stack((middle + side, middle - side), 2).flatten(1, 2)
+    return spheres, radius.repeat_interleave(2, 1)
 
 
 def _to_camera(hands: Hands, points: Tensor) -> Tensor:
@@ -286,27 +294,35 @@ def joints_xyz(hands: Hands) -> Tensor:
 
 def elbow_xyz(hands: Hands) -> Tensor:
     """Return the middle of the forearm's far end [B, 3] in mm, camera frame."""
-    return _to_camera(hands, _forearm_spheres(hands)[0][:, 2:]).mean(1)
+    return _to_camera(hands, _forearm_spheres(hands)[0][:, 2:4]).mean(1)
 
 
 def hand_and_arm(hands: Hands) -> tuple[Surface, Surface]:
     """Return the surfaces of the hand (to the wrist joint) and of the forearm."""
     centres, radii = _local_spheres(hands, _local_joints(hands.bones_mm, hands.angles))
     spheres = torch.cat((_to_camera(hands, centres), radii[..., None]), -1)
-    return build_surface(spheres, HAND_CONES, HAND_WEDGES), build_surface(spheres, (), ARM_WEDGES)
+    hand = build_surface(spheres, anatomy.HAND_CONES, anatomy.HAND_WEDGES)
+    return hand, build_surface(spheres, (), anatomy.ARM_WEDGES)
 
 
 def overlap_mm(bones_mm: Tensor, girth: Tensor, angles: Tensor) -> Tensor:
-    """Return how deeply [B], in mm, the flesh of two fingers intersects at worst."""
+    """Return how deeply [B], in mm, the flesh of two fingers, or of finger and palm, intersects at worst."""
     chains = _local_joints(bones_mm, angles)[:, 1:].reshape(-1, 5, 4, 3)
-    radii = chains.new_tensor(RADII_MM)
+    radii = chains.new_tensor(anatomy.RADII_MM)
     steps = chains.new_tensor((1 / 3, 2 / 3, 1.0))[:, None]
     points = chains[:, :, :3, None] + steps * (chains[:, :, 1:, None] - chains[:, :, :3, None])
     points = points.reshape(len(angles), 45, 3)  # (B, finger x bone x step, 3)
     sizes = (radii[:, :3, None] + steps[:, 0] * (radii[:, 1:, None] - radii[:, :3, None])).reshape(-1)
-    # First bones beside each other touch without harm.
-    finger, bone = torch.arange(45) // 9, torch.arange(45) // 3 % 3
-    judged = (finger[:, None] < finger) & ~((bone[:, None] == 0) & (bone == 0))
+    carpal = _carpus(bones_mm)[:, 1:]
+    palm = torch.cat([carpal + share * (chains[:, 1:, 0] - carpal) for share in (0.45, 0.8)], 1)  # (B, 8, 3)
+    points = torch.cat((points, palm), 1)
+    sizes = torch.cat((sizes, sizes.new_full(palm.shape[1:2], anatomy.PALM_MM)))
+    # Bones beside each other at their roots touch without harm; the palm (finger 5) meets the others alone.
+    finger, bone = torch.arange(len(sizes)) // 9, torch.arange(len(sizes)) // 3 % 3
+    bone[45:] = 0
+    near_palm = (bone == 0) | ((finger == 0) & (bone == 1))
+    judged = (finger[:, None] < finger.clamp(max=5)) & ~((bone[:, None] == 0) & (bone == 0))
+    judged[:, 45:] = ((finger < 5) & ~near_palm)[:, None]
     one, other = judged.nonzero().to(angles.device).unbind(1)
     gap_mm = _length(points[:, one] - points[:, other])[..., 0] - girth[:, None] * (sizes[one] + sizes[other])
     return -gap_mm.amin(1)
@@ -315,20 +331,23 @@ def overlap_mm(bones_mm: Tensor, girth: Tensor, angles: Tensor) -> Tensor:
 def draw_hands(noise: Noise, left_share: float = 0.0) -> Hands:
     """Draw hands from uniform numbers: people, poses, views and forearms, with the wrist at the origin.
 
-    Of GRIP_TRIES poses the first is taken whose fingers overlap by OVERLAP_MM or less, else the least
+    Of GRIP_TRIES poses the first is taken that overlap by OVERLAP_MM or less, else the least
     overlapping.
     """
     like = noise.values
     bones_mm, girth = _draw_people(noise, like)
-    tries = torch.stack([_draw_angles(noise, like) for _ in range(GRIP_TRIES)], 1)  # (B, tries, 22)
+    tries = _draw_angles(noise, like)
     flat = tries.flatten(0, 1)
     overlap = overlap_mm(bones_mm.repeat_interleave(GRIP_TRIES, 0), girth.repeat_interleave(GRIP_TRIES), flat)
     best = overlap.reshape(-1, GRIP_TRIES).clamp(min=OVERLAP_MM).argmin(1)
     angles = tries[torch.arange(len(best), device=best.device), best]
     forearm = 70 + 190 * noise.uniform(1)[:, 0]
     left = noise.uniform(1)[:, 0] < left_share
+    wrist_mm = torch.zeros_like(bones_mm[:, 0, :3])
+    arm_girth = girth * noise.uniform(1, 0.85, 1.2)[:, 0]
+    sleeve_mm = noise.uniform(1, *SLEEVES_MM)[:, 0]
     hands = Hands(
-        bones_mm, girth, angles, _draw_rotations(noise), torch.zeros_like(bones_mm[:, 0, :3]), left, forearm
+        bones_mm, girth, angles, _draw_rotations(noise), wrist_mm, left, forearm, arm_girth, sleeve_mm
     )
     for _ in range(VIEW_TRIES):
         rotation = _draw_rotations(noise)

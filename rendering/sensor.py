@@ -33,6 +33,7 @@ class Sensor(NamedTuple):
     edge_px: float = 0.8  # standard deviation of a silhouette's raggedness
     gap_px: int = 0  # how wide a surface is not measured beside a nearer one
     flying: float = 0.0  # share of edge pixels between the two surfaces
+    bridged_mm: float = 0.0  # between surfaces so near behind each other all is measured
     steepest: float = 5.0  # tangent of the slope at which half the pixels are missing
     missing_mm: float = 0.0  # what stands where nothing was measured
     body: float = 0.0  # share of frames with a body behind
@@ -56,6 +57,7 @@ SENSORS = {
         baseline_mm=75,
         edge_px=0.9,
         gap_px=1,
+        bridged_mm=45,
         steepest=7,
         missing_mm=2001,
         body=0.8,
@@ -69,7 +71,7 @@ SENSORS = {
         "HAND17",
         hand_mm=(330, 700),
         far_mm=1100,
-        noise_per_m2=2.5,
+        noise_per_m2=1.8,
         baseline_mm=26,
         gap_px=3,
         body=0.6,
@@ -81,7 +83,7 @@ SENSORS = {
         hand_mm=(450, 650),
         far_mm=960,
         unit_mm=PRESETS["SR305"].unit_mm,
-        noise_per_m2=2.5,
+        noise_per_m2=1.8,
         baseline_mm=26,
         gap_px=4,
         edge_px=0.9,
@@ -156,12 +158,12 @@ def _lost(depth_mm: Tensor, nearest_mm: Tensor, sensor: Sensor, fx_px: float, un
     """Return where [B, H, W] nothing is measured: far, steep, beside a nearer surface, in its shadow."""
     lost = depth_mm > sensor.far_mm * (1 - 0.05 * uneven.abs())
     climb = depth_mm - nearest_mm
-    steep = climb * fx_px > sensor.steepest * depth_mm * torch.exp2(uneven)
+    steep = (climb * fx_px > sensor.steepest * depth_mm * torch.exp2(uneven)) & (climb > sensor.bridged_mm)
     if not sensor.gap_px:
         return lost | (steep & (climb < 25))
     reach = max(1, round(sensor.gap_px * fx_px / sensor.camera.fx))
-    lost = lost | steep | (_nearest(depth_mm, reach) < depth_mm - 35)
-    return lost | _shadow(depth_mm, sensor.baseline_mm * fx_px)
+    lost = lost | steep | (_nearest(depth_mm, reach) < depth_mm - max(35, sensor.bridged_mm))
+    return lost | _shadow(depth_mm, sensor.baseline_mm * fx_px, sensor.bridged_mm)
 
 
 def _nearest(depth_mm: Tensor, reach: int) -> Tensor:
@@ -179,15 +181,15 @@ def _nearest(depth_mm: Tensor, reach: int) -> Tensor:
     return depth_mm
 
 
-def _shadow(depth_mm: Tensor, strength: float) -> Tensor:
+def _shadow(depth_mm: Tensor, strength: float, bridged_mm: float) -> Tensor:
     """Return the pixels [B, H, W] that the projector, beside the camera, does not light.
 
     A point's column in the projector's picture is u - strength / z; where a nearer surface between it and the
     projector reached as far already, light does not.
     """
     columns = torch.arange(depth_mm.shape[2], device=depth_mm.device, dtype=depth_mm.dtype)
-    projected = columns + strength / depth_mm
-    return projected < torch.cummax(projected, 2).values - 1
+    reached = torch.cummax(columns + strength / depth_mm, 2).values
+    return columns + strength / (depth_mm - bridged_mm) < reached - 1
 
 
 def _look_aside(picture: Tensor, shift: Tensor) -> Tensor:

@@ -147,6 +147,42 @@ def test_an_open_right_hand_shows_its_thumb_on_the_right_and_a_left_one_on_the_l
         assert joints_xyz(bent)[0, 12, 2] < joints_xyz(bent)[0, 9, 2]  # a fist closes towards the palm's side
 
 
+def mean_hands(count):
+    return torch.tensor(anatomy.BONES_MM).expand(count, 5, 4), torch.ones(count)
+
+
+def test_fingers_of_no_gesture_cut_through_each_other_or_the_palm():
+    angles = hand.gesture_angles(torch.zeros(1))
+    overlap_mm = hand.overlap_mm(*mean_hands(len(angles)), angles)
+    deepest = {name: float(mm) for name, mm in zip(anatomy.GESTURES, overlap_mm) if mm > hand.OVERLAP_MM}
+    assert not deepest
+    through_the_palm = angles[list(anatomy.GESTURES).index("fist")].repeat(2, 1)
+    through_the_palm[1, 4:20:4] += 0.5
+    assert hand.overlap_mm(*mean_hands(2), through_the_palm)[1] > 2 * hand.OVERLAP_MM
+
+
+def test_a_fist_is_closed_and_crossed_fingers_cross():
+    names, bones_mm = list(anatomy.GESTURES), mean_hands(1)[0]
+    angles = hand.gesture_angles(torch.zeros(1))
+    fist, crossed = (hand._local_joints(bones_mm, angles[[names.index(name)]])[0] for name in ("fist", "R"))
+    knuckles, tips = fist[5::4], fist[8::4]
+    halfway = (hand._carpus(bones_mm)[0, 1:] + 2 * knuckles) / 3
+    assert (tips - halfway).norm(dim=1).max() < 25  # flesh on flesh
+    assert (tips[:-1] - tips[1:]).norm(dim=1).max() < 21  # side by side
+    index, middle = crossed[8], crossed[12]
+    assert index[0] < middle[0] and index[2] < middle[2]  # the index crosses before the middle finger
+
+
+def test_a_sleeve_makes_the_arm_thicker_from_where_it_begins():
+    hands = hands_of(1)._replace(arm_girth=torch.ones(1), forearm_mm=torch.tensor([200.0]))
+    radii = [
+        hand._forearm_spheres(hands._replace(sleeve_mm=torch.tensor([mm])))[1][0] for mm in (60.0, 999.0)
+    ]
+    assert (radii[0] - radii[1])[2:4].tolist() == pytest.approx([anatomy.SLEEVE_MM[1]] * 2)
+    places = hand._forearm_spheres(hands._replace(sleeve_mm=torch.tensor([60.0])))[0][0, 4:]
+    assert float(places.mean(0).norm()) == pytest.approx(60, abs=0.1)
+
+
 def test_most_hands_face_the_camera_with_the_palm_or_less_often_the_back():
     _, x, y, _ = hands_of(1000).rotation.unbind(1)
     facing = 1 - 2 * (x * x + y * y)  # cosine between the way the hand's back looks and the camera's view

@@ -108,7 +108,9 @@ def test_labels_lie_just_under_the_measured_surface(layout, roots):
             row, column = round(v) - picture.top, round(u) - picture.left
             if 0 <= row < picture.depth_mm.shape[0] and 0 <= column < picture.depth_mm.shape[1]:
                 below_mm.append(d - float(picture.depth_mm[row, column]))
-    assert 3 < np.median(below_mm) < 25
+    uncovered_mm = [depth for depth in below_mm if depth < 40]  # else another finger is before the joint
+    assert len(uncovered_mm) > 0.4 * len(below_mm)
+    assert 3 < np.median(uncovered_mm) < 25
 
 
 def test_the_same_seed_gives_the_same_bytes_on_any_number_of_processes(roots, tmp_path):
@@ -159,10 +161,12 @@ def test_boxes_of_hand17_have_a_width_and_a_height(roots):
     folder, camera = roots / "HAND17" / "frame", SENSORS["HAND17"].camera
     boxes = np.loadtxt(folder / "BoundingBox.txt", usecols=range(1, 5))
     joints = np.loadtxt(folder / "test_annotation.txt", usecols=range(1, 64)).reshape(-1, 21, 3)
+    flesh_mm = []
     for (left, top, width, height), uvd in zip(boxes, xyz2uvd(joints, camera), strict=True):
         low_px, high_px = uvd[:, :2].min(0), uvd[:, :2].max(0)
         flesh_px = np.concatenate([low_px - (left, top), (left + width, top + height) - high_px])
-        assert (flesh_px > 0).all() and (flesh_px * uvd[:, 2].min() / camera.fx < 40).all()
+        flesh_mm += [*(flesh_px * uvd[:, 2].min() / camera.fx)]
+    assert max(flesh_mm) < 40 and np.mean(np.array(flesh_mm) > 0) > 0.9  # else the arm hides a finger
 
 
 def test_noise_of_two_frames_differs_where_their_scenes_are_alike(monkeypatch):
@@ -241,6 +245,15 @@ def test_far_surfaces_are_lost_beside_near_ones_and_where_they_are_steep():
     assert (
         measure(grazing, sensor, sensor.camera.fx, torch.Generator().manual_seed(0)) == 0
     ).float().mean() > 0.5
+
+
+def test_a_kinect_measures_across_small_jumps_and_nothing_beside_large_ones():
+    sensor = SENSORS["NYU"]
+    for jump_mm, some_missing in ((30, False), (200, True)):
+        exact = torch.full((1, 120, 160), 750.0)
+        exact[:, 30:90, 60:100] -= jump_mm
+        missing = measure(exact, sensor, sensor.camera.fx, torch.Generator().manual_seed(0)) == 2001
+        assert missing.any() == some_missing
 
 
 def test_a_scene_does_not_depend_on_its_batch_and_shows_the_hand_in_front():
