@@ -65,10 +65,8 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
                         say(f"warning: {doubt}", sys.stderr)
                     asked.add(doubt)
                 pose = estimator(depth_mm, *hint, near_uvd)
-            except FrameError as error:
-                pose = no_hand(error.reason)
-            except ValueError as error:
-                pose = no_hand(error)
+            except (FrameError, ValueError) as error:
+                pose = no_hand(getattr(error, "reason", error))
             seconds += time.perf_counter() - started
             if pose.reason:
                 say(f"warning: {path}: {pose.reason}", sys.stderr)

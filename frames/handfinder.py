@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from frames.transforms import Camera, uvd2xyz, xyz2uvd
+from frames.cameras import FARTHEST_MM
+from frames.transforms import Camera, center_of_mass, cut_bounding_box, uvd2xyz, xyz2uvd
 from utils import UserError
 
 WEIGHTS = Path(__file__).parents[1] / "Model" / "handfinder.pt"  # tools/train_handfinder.py makes it
@@ -31,9 +32,18 @@ JUDGED_TWICE = 8
 NEAREST_MM = 80.0
 LEAST_LIKENESS = 2.0
 
-# Where the hand was in the frame before, a place gains this likeness and needs none; farther away less, from
-# this distance on nothing.
-TRACK_BONUS, TRACK_MM = 8.0, 180.0
+# Surely a hand: whatever is likelier is no better.
+SURE = 6.0
+
+# A place gains so much where the hand was in the frame before, and needs no likeness there; farther away
+# less, from this distance on nothing. Less than SURE, so that a hand elsewhere wins over what is none.
+TRACK_BONUS, TRACK_MM = 3.0, 180.0
+
+# What the hint of a box is worth: a place loses so much from its middle to its edge.
+BOX_MALUS = 4.0
+
+# The middle is halfway between what the judge says and the middle of the surface so near to that.
+SURFACE_MM = 90.0
 
 SQUARE = np.ones((3, 3), np.uint8)
 
@@ -70,32 +80,53 @@ class Picture(NamedTuple):
     radius_mm: np.ndarray
 
 
-def find_center(frame, camera, near_uvd=None):
+def find_center(frame, camera, near_uvd=None, bbox=None):
     """Find the hand; return the middle of its surface (mean column, row, depth), uvd.
 
     Every place where a surface is as wide as a palm is judged, and the best ones again where they
-    said that the hand's middle is. `near_uvd` is where the hand was in the frame before; places
-    near it are preferred. Raises ValueError, with the reason, where there is no hand.
+    said that the hand's middle is. `near_uvd` is where the hand was in the frame before: places near it are
+    preferred, unless one elsewhere is clearly better. `bbox` (left, top, width, height; px) holds the hand
+    for sure. Raises ValueError, with the reason, where there is no hand.
     """
     picture = coarse_picture(frame, camera)
     if not picture.radius_mm.any():
         raise ValueError("the frame is empty")
-    places = candidates(picture)
-    last = None if near_uvd is None else uvd2xyz(near_uvd, camera)
-    if last is not None:
-        places = np.concatenate([places, [last]])
+    places, hint_xyz = candidates(picture), None
+    if bbox is not None:
+        bbox = np.asarray(bbox, np.float64)
+        hint_xyz = uvd2xyz(center_of_mass(cut_bounding_box(frame, bbox)), camera)
+    elif near_uvd is not None:
+        hint_xyz = uvd2xyz(near_uvd, camera)
+    if hint_xyz is not None:
+        places = np.concatenate([places, [hint_xyz]])
     if len(places) == 0:
         raise ValueError("no surface is as large as a hand")
     likeness, places = judge(picture, places)
     likeness, places = judge(picture, places[np.argsort(-likeness)[:JUDGED_TWICE]])
-    nearness = np.zeros(len(places))
-    if last is not None:
-        nearness = np.maximum(1 - np.linalg.norm(places - last, axis=1) / TRACK_MM, 0)
-    enough = likeness >= LEAST_LIKENESS * (1 - nearness)
+    enough, score = likeness >= LEAST_LIKENESS, np.minimum(likeness, SURE)
+    if bbox is not None:
+        off = np.abs((xyz2uvd(places, camera)[:, :2] - bbox[:2]) / bbox[2:] - 0.5).max(1)
+        enough, score = off < 0.5, score - 2 * BOX_MALUS * off
+    elif near_uvd is not None:
+        nearness = np.maximum(1 - np.linalg.norm(places - hint_xyz, axis=1) / TRACK_MM, 0)
+        enough, score = likeness >= LEAST_LIKENESS * (1 - nearness), score + TRACK_BONUS * nearness
+    best = places[np.where(enough, score, -np.inf).argmax()]
     if not enough.any():
-        raise ValueError("nothing in the frame looks like a hand")
-    best = np.where(enough, likeness + TRACK_BONUS * nearness, -np.inf).argmax()
-    return xyz2uvd(places[best], camera)
+        if bbox is None:
+            raise ValueError("nothing in the frame looks like a hand")
+        best = hint_xyz
+    return xyz2uvd((best + surface_around(picture, best, camera, bbox)) / 2, camera)
+
+
+def surface_around(picture, place, camera, bbox=None):
+    """Return the middle (xyz) of the surface within SURFACE_MM of a place and in a box, else the place."""
+    depth_mm = picture.depth_mm
+    rows, columns = np.nonzero((depth_mm > 0) & (np.abs(depth_mm - place[2]) < SURFACE_MM))
+    points = uvd2xyz(np.stack([columns, rows, depth_mm[rows, columns]], -1), picture.camera)
+    near = np.square(points - place).sum(1) < SURFACE_MM**2
+    if bbox is not None:
+        near &= (np.abs((xyz2uvd(points, camera)[:, :2] - bbox[:2]) / bbox[2:] - 0.5) <= 0.5).all(1)
+    return points[near].mean(0) if near.any() else place
 
 
 def coarse_picture(frame, camera):
@@ -118,7 +149,7 @@ def candidates(picture):
     radius_mm = picture.radius_mm
     low, high = PALM_RADIUS_MM
     peaks = (radius_mm == cv2.dilate(radius_mm, np.ones((5, 5), np.uint8))) & (radius_mm > low)
-    rows, columns = np.nonzero(peaks & (radius_mm < high))
+    rows, columns = np.nonzero(peaks & (radius_mm < high) & (picture.depth_mm < FARTHEST_MM))
     order = np.argsort(-radius_mm[rows, columns], kind="stable")
     rows, columns = rows[order], columns[order]
     xyz = uvd2xyz(np.stack([columns, rows, picture.depth_mm[rows, columns]], -1), picture.camera)

@@ -18,8 +18,6 @@ from frames.transforms import (
     Camera,
     Frame,
     box_size_px,
-    center_of_mass,
-    cut_bounding_box,
     recover_uvd,
     uvd2xyz,
     window_around,
@@ -30,7 +28,11 @@ from utils import UserError
 # A joint's confidence is the share of its heatmap within this distance of it.
 SURE_WITHIN_MM = 15.0
 
-# The surface that the second pass takes for the hand: what lies so near to a joint.
+# Where the first prediction shows the hand's middle farther off the crop's, a second crop is cut. What lies
+# nearer is its noise: a second crop for every frame makes joints worse, not better.
+SECOND_PASS_MM = 25.0
+
+# The surface taken for the hand then: what lies so near to a joint.
 HAND_AROUND_JOINTS_MM = 25.0
 LEAST_SHARE = 0.3
 
@@ -54,14 +56,14 @@ class HandPose(NamedTuple):
 class Place(NamedTuple):
     """Where a hand is in a frame, as the network sees it (a left hand's frame mirrored), and its crop there.
 
-    `again`: the centre is a guess, to be improved by a second crop around the first prediction.
+    `guessed`: nobody gave the centre; a second crop may be cut around the first prediction.
     """
 
     frame: Frame
     camera: Camera
     center_uvd: np.ndarray
     crop: UnlabelledSample
-    again: bool
+    guessed: bool
 
 
 def no_hand(reason):
@@ -104,9 +106,10 @@ class HandPoseEstimator:
     def __call__(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
         """Return the HandPose of one frame, depth [H, W] in mm.
 
-        With `center_uvd` (column px, row px, depth mm) the hand is taken to be there; else it is found, in
-        the box `bbox` (left, top, width, height; px) or preferably near `near_uvd`, and cut out anew around
-        the first prediction. Raises ValueError where the frame is no depth picture or not the camera's.
+        With `center_uvd` (column px, row px, depth mm) the hand is taken to be there, with `bbox` (left, top,
+        width, height; px) in that box; else it is found, preferably near `near_uvd`, and where the first
+        prediction shows it far from there, cut out anew. Raises ValueError where the frame is no depth
+        picture or not of the camera's size, or the box reaches beyond it as only two corners do.
         """
         return self.batch([depth_mm], [center_uvd], [bbox], [near_uvd])[0]
 
@@ -123,11 +126,10 @@ class HandPoseEstimator:
             return poses
         places = [poses[index] for index in hands]
         uvd, confidence = self._predict([place.crop for place in places])
-        again = [k for k, place in enumerate(places) if place.again]
-        for k in again:
-            with suppress(ValueError):  # where no hand can be, the first crop stays
-                places[k] = self._around(*places[k][:2], middle_of_hand(places[k].crop, uvd[k]))
+        better = {k: self._improved(place, uvd[k]) for k, place in enumerate(places) if place.guessed}
+        again = [k for k, place in better.items() if place is not None]
         if again:
+            places = [better.get(k) or place for k, place in enumerate(places)]
             uvd[again], confidence[again] = self._predict([places[k].crop for k in again])
         for index, *output in zip(hands, places, uvd, confidence):
             poses[index] = self._pose(*output)
@@ -140,6 +142,8 @@ class HandPoseEstimator:
         doubts_about(DepthCamera(camera), (width, height))
         if not depth_mm.any():
             return no_hand("the frame is empty: no pixel has a depth")
+        if bbox is not None:
+            require_box(bbox, width, height)
         if self.hand == "left":
             depth_mm = np.ascontiguousarray(depth_mm[:, ::-1])
             camera = camera._replace(u0=width - 1 - camera.u0)
@@ -147,15 +151,21 @@ class HandPoseEstimator:
             bbox = None if bbox is None else (width - bbox[0] - bbox[2], *bbox[1:])
         frame = Frame(depth_mm)
         try:
-            if center_uvd is not None:
-                return self._around(frame, camera, np.asarray(center_uvd, np.float64), again=False)
-            if bbox is not None:
-                return self._around(frame, camera, center_of_mass(cut_bounding_box(frame, bbox)))
-            return self._around(frame, camera, find_center(frame, camera, near_uvd))
+            guessed = center_uvd is None and bbox is None
+            if center_uvd is None:
+                center_uvd = find_center(frame, camera, near_uvd, bbox)
+            return self._around(frame, camera, np.asarray(center_uvd, np.float64), guessed)
         except ValueError as error:
             return no_hand(error)
 
-    def _around(self, frame, camera, center_uvd, again=True):
+    def _improved(self, place, uvd):
+        """Return the Place around the hand that a first prediction shows, None where it is no other."""
+        middle_uvd = middle_of_hand(place.crop, uvd)
+        moved_mm = np.linalg.norm(np.subtract(*uvd2xyz([middle_uvd, place.center_uvd], place.camera)))
+        with suppress(ValueError):  # no hand can be there
+            return self._around(*place[:2], middle_uvd) if moved_mm > SECOND_PASS_MM else None
+
+    def _around(self, frame, camera, center_uvd, guessed=True):
         """Return the Place of a hand at a centre, cut out as the model's data set cuts its hands.
 
         Raises ValueError where no hand can be there or nothing was measured around it.
@@ -171,7 +181,7 @@ class HandPoseEstimator:
         label_size = self.network.param["label_size"]
         sizes = {"image_size": 2 * label_size, "label_size": label_size}
         crop = prepare_crop(frame, center_uvd, self.cube_mm, camera, window=window, **sizes)
-        return Place(frame, camera, center_uvd, crop, again)
+        return Place(frame, camera, center_uvd, crop, guessed)
 
     @torch.inference_mode()
     def _predict(self, crops):
@@ -203,6 +213,17 @@ class HandPoseEstimator:
 def mirrored(uvd, width):
     """Return points [..., 3] (column, row, depth) of a picture mirrored left to right; None stays None."""
     return None if uvd is None else np.asarray(uvd) * (-1, 1, 1) + (width - 1, 0, 0)
+
+
+def require_box(bbox, width, height):
+    """Raise ValueError where a box (left, top, width, height; px) is none, or can only be two corners."""
+    left, top, wide, high = bbox
+    if not (np.isfinite(bbox).all() and wide > 0 and high > 0):
+        raise ValueError(f"the box {tuple(bbox)} must be left, top, width, height, the last two above 0")
+    beyond = left + wide > width * 1.1 or top + high > height * 1.1
+    if beyond and left < wide <= width and top < high <= height and min(left, top) >= 0:
+        box = f"{left:g},{top:g},{wide - left:g},{high - top:g}"
+        raise ValueError(f"the box reaches beyond {width}x{height} px: for two corners give {box}")
 
 
 def middle_of_hand(crop, uvd):

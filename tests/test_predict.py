@@ -28,6 +28,7 @@ from utils import UserError
 CAMERA = Camera(475.0, 475.0, 319.5, 239.5)
 CAMERA_TEXT = "475,475,319.5,239.5"
 CENTER = (320.0, 240.0, 505.0)
+ESTIMATOR = "prediction.estimator"
 
 
 def giant(form):
@@ -95,7 +96,8 @@ def test_a_data_sets_own_frame_gives_what_test_py_gives(name, fresh_indexed, scr
     cls = DATASETS[name]
     model = save_network(Path("small.pt"), cls.joint_number, dataset=name)
     assert script("test.py", "--dataset", name, "--model", model, *ON_CPU).status == 0
-    lines = Path("Result", f"{name}_default.txt").read_text().splitlines()
+    (result,) = Path("Result").glob("*.txt")
+    lines = result.read_text().splitlines()
     dataset = cls(path=root, dataset="test", test_only=True)
     estimator = HandPoseEstimator(model, name, device="cpu")
     for index, line in enumerate(lines):
@@ -129,18 +131,23 @@ def test_a_mirrored_frame_of_a_left_hand_gives_mirrored_joints(model, estimator)
 def test_the_hand_is_looked_for_where_it_was(hand, column, model, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "prediction.estimator.find_center", lambda frame, camera, near: asked.append(near) or CENTER
+        f"{ESTIMATOR}.find_center", lambda frame, camera, near, bbox: asked.append(near) or CENTER
     )
     HandPoseEstimator(model, CAMERA, hand=hand, device="cpu")(hand_frame(), near_uvd=(300, 200, 490))
     np.testing.assert_array_equal(asked, [(column, 200, 490)])
 
 
-def test_a_second_crop_is_cut_around_the_first_prediction(estimator, monkeypatch):
-    monkeypatch.setattr(
-        "prediction.estimator.middle_of_hand", lambda crop, uvd: np.array([330.0, 250.0, 505.0])
-    )
-    np.testing.assert_array_equal(estimator(hand_frame()).center_uvd, (330, 250, 505))
-    np.testing.assert_array_equal(estimator(hand_frame(), center_uvd=CENTER).center_uvd, CENTER)
+@pytest.mark.parametrize("off_mm, moves", [(20, False), (30, True)])
+def test_a_second_crop_is_cut_where_the_first_prediction_is_far_from_the_first(
+    off_mm, moves, estimator, monkeypatch
+):
+    first, other = CENTER, (320 + off_mm / 505 * 475, 240.0, 505.0)
+    monkeypatch.setattr(f"{ESTIMATOR}.find_center", lambda *_: first)
+    monkeypatch.setattr(f"{ESTIMATOR}.middle_of_hand", lambda crop, uvd: np.array(other))
+    found = estimator(hand_frame()).center_uvd
+    np.testing.assert_array_equal(found, other if moves else first)
+    for hint in ({"center_uvd": first}, {"bbox": (200, 100, 240, 300)}):
+        np.testing.assert_array_equal(estimator(hand_frame(), **hint).center_uvd, first)
 
 
 def test_confidence_is_the_share_of_the_heatmap_near_the_joint(model, monkeypatch):
@@ -391,9 +398,7 @@ def test_a_place_without_a_hand_gets_its_reason(estimator):
 
 
 def test_a_second_crop_that_cannot_be_leaves_the_first(estimator, monkeypatch):
-    monkeypatch.setattr(
-        "prediction.estimator.middle_of_hand", lambda crop, uvd: np.array([320.0, 240.0, 1.0])
-    )
+    monkeypatch.setattr(f"{ESTIMATOR}.middle_of_hand", lambda crop, uvd: np.array([320.0, 240.0, 1.0]))
     assert estimator(hand_frame()).reason is None
 
 
@@ -496,6 +501,18 @@ def test_checked_depth_is_not_copied_where_it_is_millimetres():
     depth.setflags(write=False)
     assert check_depth(depth) is depth
     assert Frame(depth).rect.right == 640
+
+
+def test_the_hand_is_the_surface_within_25_mm_of_the_predicted_joints():
+    """Two strips: one behind the joint, one 45 mm beside it, which belongs to something else."""
+    depth_mm = np.zeros((240, 320), np.uint16)
+    depth_mm[110:130, 150:170] = 410
+    depth_mm[110:130, 190:200] = 410
+    camera = parse_camera("MSRA").camera
+    crop = prepare_crop(Frame(depth_mm), np.array([165, 120, 400]), 125, camera)
+    joint = np.array([[-5 / 151, 0, 0.08]])
+    middle = middle_of_hand(crop, joint)
+    np.testing.assert_allclose(middle, (159.5, 119.5, 410), atol=3)
 
 
 def test_second_crop_goes_around_the_surface_near_the_first_prediction():
