@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from engine.checkpoints import load_checkpoint
+from frames import handfinder
 from frames.cameras import parse_camera, read_depth
 from frames.handfinder import Judge, find_center
-from frames.transforms import Camera, Frame, uvd2xyz
+from frames.transforms import Camera, Frame, uvd2xyz, xyz2uvd
 from rendering.hand import Noise, between, draw_hands, move_to
 from rendering.scene import SCENE_COLUMNS, add_background, render_scene
 from rendering.sensor import SENSORS, measure
@@ -21,7 +22,7 @@ CAMERA = Camera(241.42, 241.42, 160, 120)
 
 
 def render_sequence(count, seed=0, poses=6, chunk=6):
-    """Yield (depth_mm [240, 320], middle of the hand's surface uvd) of an SR305 that sees a moving hand.
+    """Yield (depth_mm [240, 320], middle of the hand's surface uvd, camera, hand's mask) of an SR305.
 
     One person, whose arm hangs on a body, moves smoothly through `poses` places and gestures.
     """
@@ -50,13 +51,13 @@ def render_sequence(count, seed=0, poses=6, chunk=6):
         depth_mm = measure(exact_mm, sensor, camera.fx, generator)
         for depth, exact, mask in zip(depth_mm.numpy(), exact_mm.numpy(), masks.numpy()):
             rows, columns = np.nonzero(mask)
-            yield depth, np.array([columns.mean(), rows.mean(), exact[mask].mean()]), camera
+            yield depth, np.array([columns.mean(), rows.mean(), exact[mask].mean()]), camera, mask
 
 
 def off_mm_along(seed):
     """Return how far (mm) the centre found is from the hand's middle in the 300 frames of a sequence."""
     near_uvd, off_mm = None, []
-    for depth_mm, middle_uvd, camera in render_sequence(300, seed):
+    for depth_mm, middle_uvd, camera, _ in render_sequence(300, seed):
         near_uvd = find_center(Frame(depth_mm), camera, near_uvd)
         off_mm.append(np.linalg.norm(uvd2xyz(near_uvd, camera) - uvd2xyz(middle_uvd, camera)))
     return np.array(off_mm)
@@ -72,6 +73,83 @@ def test_a_moving_hand_is_found_in_a_rendered_sequence():
 def test_moving_hands_are_found_in_many_rendered_sequences():
     sequences = np.stack([off_mm_along(seed) for seed in range(1, 13)])
     assert np.mean(sequences < 60) >= 0.99 and sequences.mean(axis=1).max() < 15
+
+
+def test_a_hand_that_enters_late_leaves_and_comes_back_elsewhere_is_found():
+    """Of the hand that is not there its cut-off arm is left, which the finder may take for one."""
+    near_uvd, width, off_mm = None, 320, []
+    for number, (depth_mm, middle_uvd, camera, mask) in enumerate(render_sequence(18, seed=3, poses=2)):
+        absent, elsewhere = number < 5 or 10 <= number < 13, number >= 13
+        depth_mm = np.where(mask, 0, depth_mm) if absent else depth_mm
+        if elsewhere:
+            depth_mm, middle_uvd = depth_mm[:, ::-1], middle_uvd * (-1, 1, 1) + (width - 1, 0, 0)
+        try:
+            near_uvd = find_center(Frame(np.ascontiguousarray(depth_mm)), camera, near_uvd)
+        except ValueError:
+            near_uvd = None
+        if not absent:
+            found = np.nan if near_uvd is None else uvd2xyz(near_uvd, camera)
+            off_mm.append(np.linalg.norm(found - uvd2xyz(middle_uvd, camera)))
+    assert np.mean(np.array(off_mm) < 60) > 0.8 and max(off_mm[-3:]) < 40
+
+
+LEFT, RIGHT = (-80.0, 0.0, 500.0), (80.0, 0.0, 500.0)
+
+
+def found_side(monkeypatch, left, right, near=LEFT, **hint):
+    """Return which of two palms is found whose likeness the judge is made to give, None where none is."""
+
+    def judge(picture, places):
+        likeness = [left if x < -50 else right if x > 50 else -9.0 for x in places[:, 0]]
+        return np.array(likeness), places
+
+    monkeypatch.setattr(handfinder, "judge", judge)
+    depth = disc(disc(np.zeros((240, 320), np.uint16), 121, 120, 20, 500), 199, 120, 20, 500)
+    try:
+        center_uvd = find_center(
+            Frame(depth), CAMERA, None if near is None else xyz2uvd(near, CAMERA), **hint
+        )
+    except ValueError:
+        return None
+    return "left" if center_uvd[0] < 160 else "right"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "found"),
+    [
+        (2.5, 9.0, "right"),  # an elbow was taken for the hand, which is seen now
+        (4.0, 6.0, "left"),  # no clear difference
+        (6.5, 13.0, "left"),  # both are hands
+        (-1.0, 3.0, "right"),
+        (0.5, 1.5, "left"),  # what was a hand may look less like one for a while
+        (-1.0, 1.5, None),
+    ],
+)
+def test_a_clearly_better_place_wins_over_the_tracked_one(left, right, found, monkeypatch):
+    assert found_side(monkeypatch, left, right) == found
+
+
+def test_what_is_found_looks_enough_like_a_hand(monkeypatch):
+    assert found_side(monkeypatch, 2.5, -5.0, near=None) == "left"
+    assert found_side(monkeypatch, 1.5, -5.0, near=None) is None
+
+
+def test_a_box_says_which_surface_is_the_hand(monkeypatch):
+    assert found_side(monkeypatch, -5.0, 9.0, near=None, bbox=(95, 95, 50, 50)) == "left"
+    assert found_side(monkeypatch, 9.0, -5.0, near=None, bbox=(150, 60, 110, 120)) == "right"
+
+
+def test_a_hand_beyond_a_hand_cameras_reach_is_none():
+    hand = open_hand()
+    for factor, found in ((3.5, True), (4.5, False)):
+        camera = CAMERA._replace(fx=CAMERA.fx * factor, fy=CAMERA.fy * factor)  # as large, but farther away
+        if found:
+            assert find_center(Frame(hand * np.float32(factor)), camera)[2] == pytest.approx(
+                500 * factor, rel=0.1
+            )
+        else:
+            with pytest.raises(ValueError, match="no surface is as large as a hand"):
+                find_center(Frame(hand * np.float32(factor)), camera)
 
 
 def test_frames_without_a_hand_mostly_give_none():
