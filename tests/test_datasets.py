@@ -15,7 +15,7 @@ from datasets import DATASETS, HAND17Dataset, NYUDataset, frame_number, test_lab
 from frames import samples
 from frames.files import FrameError, LineFile
 from frames.samples import Sample, UnlabelledSample
-from frames.transforms import Augmentation
+from frames.transforms import Augmentation, Frame, Rect
 from model import spatial_form
 from utils import UserError
 
@@ -486,3 +486,16 @@ def test_a_centre_shifted_in_millimetres_moves_crop_and_labels_together(cached, 
     other = HAND17Dataset(path=root, dataset="train", targets=False, use_cache=not cached)
     for one, another in zip(moved, other.sample(0, Augmentation(shift_mm=(12.0, -8.0, 20.0)))):
         assert torch.equal(one, another)
+
+
+def test_a_moved_hand_sees_what_a_cache_keeps_and_no_more():
+    camera, depth_mm = HAND17Dataset.camera, np.zeros((480, 640), np.uint16)
+    depth_mm[200:280, 300:340] = 500
+    depth_mm[200:280, 420:440] = 500  # in the picture, but outside the window of the centre file's centre
+    window = Rect(250, 150, 400, 350)
+    hand = samples.HandFrame(Frame(depth_mm), np.array([320.0, 240, 500]), 150.0, window)
+    moved = samples.move_hand(hand, (60.0, 0, 0), 40.0, camera)
+    assert moved.frame.rect == Rect(300, 200, 340, 280) and moved.window.right > 420
+    assert moved.center_uvd[0] == pytest.approx(320 + 60 * camera.fx / 500)
+    assert samples.move_hand(hand, (0.0, 0, 0), 40.0, camera) is hand
+    assert samples.move_hand(hand, (60.0, 0, 0), None, camera).window is None
