@@ -6,7 +6,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine import distributed
 from frames.files import FrameError
@@ -17,7 +17,7 @@ SUBSTITUTES = 100
 
 
 class Batch(NamedTuple):
-    """Frames of one step: collated samples (None without any), their indices, and the FrameErrors."""
+    """Frames of one step: a Sample of batched fields (None without any), their indices, and FrameErrors."""
 
     samples: tuple | None
     indices: list
@@ -51,9 +51,15 @@ class Frames(Dataset):
 
 
 def collate(items):
-    """Gather what `Frames` returns into a Batch."""
+    """Gather what `Frames` returns into a Batch, whose fields are arrays.
+
+    Arrays come from a worker through a pipe. Tensors would come as shared memory by way of a socket, and
+    wait for ever where /dev/shm is full, files may not be opened, or the socket's path is too long.
+    """
     good = [(index, sample) for index, sample, _ in items if sample is not None]
-    samples = default_collate([sample for _, sample in good]) if good else None
+    fields = zip(*(sample for _, sample in good))
+    arrays = [np.stack([field.numpy() for field in values]) for values in fields]
+    samples = type(good[0][1])(*arrays) if good else None
     return Batch(samples, [index for index, _ in good], [error for *_, refused in items for error in refused])
 
 
@@ -124,12 +130,23 @@ def _start_worker(_):
 
 
 def batches_of(loader):
-    """Yield a loader's batches. Raises any UserError that is not about one frame."""
-    for batch in loader:
+    """Yield a loader's batches, of tensors.
+
+    Raises any UserError that is not about one frame, and one where the system lets no worker start.
+    """
+    try:
+        iterator = iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"no loading process can be started ({error}): give fewer --num_workers, or 0; or raise the "
+            "limits on open files (ulimit -n), processes (ulimit -u) or /dev/shm"
+        ) from error
+    for batch in iterator:
         for error in batch.refused:
             if not isinstance(error, FrameError):
                 raise error
-        yield batch
+        samples = batch.samples and type(batch.samples)(*map(torch.from_numpy, batch.samples))
+        yield batch._replace(samples=samples)
 
 
 def to_device(samples, device):
