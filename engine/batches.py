@@ -124,9 +124,10 @@ def make_loader(dataset, sampler, args, device, batch_size, substitutes=0):
 def _start_worker(_):
     # One process a core: OpenCV's own threads would only fight over them.
     cv2.setNumThreads(0)
-    # Signals come to the whole process group; the main process ends its workers once its step is done.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Signals to a whole process group come here too, while the main process still needs the batches: Ctrl-C
+    # is passed over, and so is the first SIGTERM. Python ends what is left at its exit by further ones.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def batches_of(loader):
