@@ -7,42 +7,38 @@ python check_dataset.py --dataset MSRA --cache
 
 import argparse
 import random
-import signal
 import sys
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import cv2
 import numpy as np
 import scipy.io
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import DATASETS, MSRADataset, computed_name
+from datasets import DATASETS, MSRADataset
 from frames.cache import lines_of, make_record, open_cache, settings_of, write_cache
+from frames.centers import computed_name
 from frames.files import FrameError, LineFile
 from frames.handfinder import find_center
-from utils import UserError, atomic_path, run, usable_cores
+from utils import UserError, atomic_path, run, start_worker, usable_cores
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
 MSRA_GESTURES = "1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y".split()
 HAND17_TRAIN_SHARE = 0.95
 
-TREES = {
-    "NYU": """train/joint_data.mat  train/depth_1_0000001.png ...
-test/joint_data.mat   test/depth_1_0000001.png ...
-nyu_center_train.txt  nyu_center_test.txt  (computed when missing)""",
-    "ICVL": """Training/labels.txt    Training/Depth/201403121135/image_0000.png ...
-Testing/test_seq_1.txt  Testing/test_seq_2.txt
-Testing/Depth/test_seq_1/image_0000.png ...
-icvl_train_list.txt  icvl_center_train.txt  icvl_center_test.txt  (computed when missing)""",
-    "MSRA": """P0/1/joint.txt  P0/1/000000_depth.bin ...
-... P0 to P8, each with the folders 1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y""",
-    "HAND17": """training/Training_Annotation.txt  training/images/image_D00000001.png ...
-frame/BoundingBox.txt             frame/images/image_D00000001.png ...
-hands17_center_train.txt  hands17_center_test.txt  (computed when missing)""",
+# The official lists name some frames that were never recorded, fewer than this share.
+MANY_MISSING = 0.1
+
+# Where frames lie, to find those that no label names.
+FRAME_FILES = {
+    "NYU": ["train/depth_1_*.png", "test/depth_1_*.png"],
+    "ICVL": ["Training/Depth/*/image_*.png", "Testing/Depth/*/image_*.png"],
+    "MSRA": ["P*/*/[0-9]*_depth.bin"],
+    "HAND17": ["training/images/image_D*.png", "frame/images/image_D*.png"],
 }
 
 
@@ -50,13 +46,13 @@ hands17_center_train.txt  hands17_center_test.txt  (computed when missing)""",
 
 
 def require(path, name, root):
-    """Return `path`; raise UserError with the expected folder tree where it does not exist."""
-    if not path.exists():
-        tree = "\n".join(f"  {line}" for line in TREES[name].splitlines())
-        raise UserError(
-            f'{path} not found: extract {name} to {root} (README, "{name}"), so that it holds\n{tree}'
-        )
-    return path
+    """Return `path`, one of a data set's official files. Raises UserError where it does not exist."""
+    if path.exists():
+        return path
+    for folder in sorted(root.glob("*/")):
+        if path != root and (folder / path.relative_to(root)).exists():
+            raise UserError(f"{path} not found, but {folder} has it: give --data_dir {folder}")
+    raise UserError(f'{path} not found: extract {name} to {root} (README, "{name}")')
 
 
 def label_lines(path, name, root):
@@ -71,6 +67,8 @@ def nyu_lines(root, split):
         joints = np.asarray(scipy.io.loadmat(path, variable_names=["joint_uvd"])["joint_uvd"])
     except KeyError:
         raise UserError(f"{path} holds no joint_uvd: extract the NYU archive again") from None
+    except NotImplementedError:
+        raise UserError(f"{path} is in MATLAB's format 7.3, which SciPy cannot read: save it as v7") from None
     except Exception as error:  # scipy raises errors of any kind at damaged bytes
         reason = " ".join(str(error).split())[:80]
         raise UserError(f"{path} is damaged ({reason}): extract the NYU archive again") from error
@@ -87,9 +85,12 @@ def icvl_lines(root, split):
     """Return an index line for every unrotated ICVL frame: path, then the label file's 16 joints uvd."""
     folder = root / ("Training" if split == "train" else "Testing")
     names = ["labels.txt"] if split == "train" else ["test_seq_1.txt", "test_seq_2.txt"]
-    lines = chain.from_iterable(label_lines(folder / name, "ICVL", root) for name in names)
+    lines = list(chain.from_iterable(label_lines(folder / name, "ICVL", root) for name in names))
     # Training labels with a longer path are rotated copies of other frames.
-    return [f"{folder.as_posix()}/Depth/{line}" for line in lines if line.partition(" ")[0].count("/") == 1]
+    plain = [line for line in lines if line.split()[0].replace("\\", "/").count("/") <= 1]
+    if len(plain) < len(lines):
+        print(f"ICVL {split}: {len(lines) - len(plain)} of {len(lines)} label lines are rotated copies")
+    return [f"{folder.as_posix()}/Depth/{line}" for line in plain]
 
 
 def msra_lines(root, subject):
@@ -101,10 +102,8 @@ def msra_lines(root, subject):
             continue
         count, *labels = label_lines(folder / "joint.txt", "MSRA", root)
         if count != str(len(labels)):
-            raise UserError(
-                f"{folder / 'joint.txt'} announces {count[:20]} frames and lists {len(labels)}: "
-                "extract MSRA again"
-            )
+            found = f"announces {count[:20]} frames and lists {len(labels)}"
+            raise UserError(f"{folder / 'joint.txt'} {found}: extract MSRA again")
         lines += [
             f"{folder.as_posix()}/{number:06d}_depth.bin {_to_camera_frame(label)}"
             for number, label in enumerate(labels)
@@ -155,27 +154,15 @@ def open_parts(name, root):
 # Every frame, on all cores
 
 
-class _EachFrame(Dataset):
-    """work(dataset, index) for every frame of a data set."""
-
-    def __init__(self, work, dataset):
-        self.work, self.dataset = work, dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        return self.work(self.dataset, index)
-
-
 def for_each_frame(work, dataset, title):
     """Yield work(dataset, index) for every frame, in order, computed on all cores, with a progress bar."""
     cores = usable_cores()
     size = min(256, max(1, len(dataset) // (8 * cores)))
-    options = dict(num_workers=cores, collate_fn=list, worker_init_fn=_start_worker)
+    collate = partial(_work_on, work, dataset)
+    options = dict(num_workers=cores, collate_fn=collate, worker_init_fn=start_worker)
     try:
         with tqdm(total=len(dataset), desc=f"{dataset.name} {title}", unit="frame") as bar:
-            for results in DataLoader(_EachFrame(work, dataset), size, **options):
+            for results in DataLoader(range(len(dataset)), size, **options):
                 yield from results
                 bar.update(len(results))
     except (RuntimeError, OSError) as error:
@@ -186,20 +173,16 @@ def for_each_frame(work, dataset, title):
         ) from error
 
 
-def _start_worker(_):
-    # One process a core: OpenCV's own threads would only fight over them.
-    cv2.setNumThreads(0)
-    # Signals come to the whole process group; the main process ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _work_on(work, dataset, indices):
+    return [work(dataset, index) for index in indices]
 
 
-def refusal(dataset, index):
-    """Return why frame `index` cannot be used, or None where it can."""
+def judge(dataset, index):
+    """Return the FrameError that says why frame `index` cannot be used, or None where it can."""
     try:
         dataset.sample(index)
     except FrameError as error:
-        return error.reason
+        return error
 
 
 def computed_center(dataset, index):
@@ -217,7 +200,7 @@ def compute_missing_centers(split, dataset):
     given = [dataset.root / name for name in dataset.center_names()]
     absent = [path for path in given if not path.is_file()]
     if not absent:
-        lines = len(LineFile(given[0]))
+        lines = len(dataset.centers[0])
         if lines < len(dataset):
             print(
                 f"WARNING: {given[0]} has {lines} lines for {len(dataset)} frames: where one is lost, "
@@ -238,9 +221,33 @@ def compute_missing_centers(split, dataset):
             paths.append("/".join(line.path.parts[-2:]))
     for path in computed[1:]:
         write_lines(path, paths)
-    write_lines(
-        computed[0], (centers.get(number, "invalid") for number in range(max(centers, default=0) + 1))
-    )
+    last = max(centers, default=0)
+    write_lines(computed[0], (centers.get(number, "invalid") for number in range(last + 1)))
+
+
+def unlabelled_frames(name, root, parts):
+    """Return a line for each frame that no label names; print their number, and what else is not used."""
+    named = set()
+    for dataset in parts.values():
+        used = set()
+        for line in lines_of(dataset, range(len(dataset))):
+            named.add(hash(line.path))
+            with suppress(FrameError):
+                used.add(dataset.center_line(line) if dataset.centers else None)
+        for centers in dataset.centers[:1]:
+            unused = len(centers) - len(used.intersection(range(len(centers))))
+            if unused:
+                print(f"WARNING: {unused} of {len(centers)} lines of {centers.path} are of no labelled frame")
+    found = chain.from_iterable(root.glob(pattern) for pattern in FRAME_FILES[name])
+    unlabelled = sorted(path for path in found if hash(path) not in named)
+    if unlabelled:
+        print(f"WARNING: {len(unlabelled)} frames have no label and are not used: {unlabelled[0]} ...")
+    if name == "MSRA":
+        folders = [f"P{s}/{g}" for s in range(MSRADataset.subjects) for g in MSRA_GESTURES]
+        absent = [folder for folder in folders if not (root / folder).is_dir()]
+        if absent:
+            print(f"WARNING: {len(absent)} of {len(folders)} gestures are missing: {' '.join(absent[:20])}")
+    return [f"{path}\tno label names this frame" for path in unlabelled]
 
 
 # Index files
@@ -266,15 +273,15 @@ def build_index(name, root, force=False):
     parts, refusals = open_parts(name, root), {}
     for part, dataset in parts.items():
         compute_missing_centers(part, dataset)
-        refusals[part] = list(for_each_frame(refusal, dataset, f"check {part}"))
+        refusals[part] = list(for_each_frame(judge, dataset, f"check {part}"))
     _report(name, parts, refusals)
-    write_lines(root / "rejected.txt", _rejected_lines(parts, refusals))
+    refused = [f"{error.frame}\t{error.reason}" for error in chain(*refusals.values()) if error]
+    write_lines(root / "rejected.txt", refused + unlabelled_frames(name, root, parts))
     indexes = {"MSRA": _msra_indexes, "HAND17": _hand17_indexes}.get(name, _plain_indexes)(parts, refusals)
     for file, lines in indexes.items():
         if not lines:
-            raise UserError(
-                f"{file} of {name} would be empty: no frame of {root} can be used (reasons above)"
-            )
+            reason = f"no frame of {root} can be used (reasons above)"
+            raise UserError(f"{file} of {name} would be empty: {reason}")
     for file, lines in indexes.items():
         write_lines(root / file, lines)
         print(f"{root / file}: {len(lines)} frames")
@@ -290,15 +297,12 @@ def _check_first_frame(name, root):
 
 
 def _accepted(part, parts, refusals):
-    return [line for line, reason in zip(parts[part].lines, refusals[part], strict=True) if reason is None]
+    return [line for line, error in zip(parts[part].lines, refusals[part], strict=True) if error is None]
 
 
 def _plain_indexes(parts, refusals):
-    return {
-        "train.txt": _accepted("train", parts, refusals),
-        "val.txt": _accepted("test", parts, refusals),
-        "test.txt": parts["test"].lines,
-    }
+    train, val = (_accepted(part, parts, refusals) for part in parts)
+    return {"train.txt": train, "val.txt": val, "test.txt": parts["test"].lines}
 
 
 def _msra_indexes(parts, refusals):
@@ -323,7 +327,7 @@ def _hand17_indexes(parts, refusals):
 
 def _report(name, parts, refusals):
     for part, dataset in parts.items():
-        reasons = Counter(reason for reason in refusals[part] if reason)
+        reasons = Counter(error.reason for error in refusals[part] if error)
         kept = " (test.txt keeps them)" if reasons and part == "test" else ""
         print(
             f"{name} {part}: {len(dataset) - reasons.total()} of {len(dataset)} frames accepted, "
@@ -331,17 +335,8 @@ def _report(name, parts, refusals):
         )
         for reason, count in reasons.most_common():
             print(f"  {count:>7}  {reason}")
-
-
-def _rejected_lines(parts, refusals):
-    """Yield a line for each refused frame: its path, or where the line stands that names none, and why."""
-    for part, dataset in parts.items():
-        for index, reason in enumerate(refusals[part]):
-            if reason:
-                try:
-                    yield f"{dataset.frame_path(index)}\t{reason}"
-                except FrameError as error:
-                    yield f"{error.frame}\t{reason}"
+        if reasons["the file is missing"] > MANY_MISSING * len(dataset):
+            print(f"WARNING: was {name} extracted to its end? Many frames of {part} have a label and no file")
 
 
 def write_lines(path, lines):
@@ -391,9 +386,7 @@ def main():
     parser.add_argument("--dataset", choices=DATASETS, default="NYU")
     parser.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
     parser.add_argument("--force", action="store_true", help="build again what is in place")
-    parser.add_argument(
-        "--cache", action="store_true", help="also write the hands alone, which load many times faster"
-    )
+    parser.add_argument("--cache", action="store_true", help="also write the hands alone: they load faster")
     args = parser.parse_args()
     root = args.data_dir or Path("Data", args.dataset)
     build_index(args.dataset, root, args.force)

@@ -3,48 +3,22 @@
 import random
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from frames import files, transforms
 from frames.cache import cache_of, line_key
 from frames.cameras import PRESETS
-from frames.files import FrameError, LineFile, parse_numbers, read_bin, read_png, unpack_rgb
+from frames.centers import open_centers, read_center
+from frames.files import FrameError, IndexLine, LineFile
 from frames.samples import LABEL_SIZE, HandFrame, Sample, move_hand, prepare_crop, to_tensor
-from frames.transforms import (
-    ROTATION_DEG,
-    Augmentation,
-    Camera,
-    Frame,
-    Rect,
-    augment_joints,
-    box_size_px,
-    center_of_mass,
-    cut_bounding_box,
-    draw_augmentation,
-    joints_to_crop,
-    recover_uvd,
-    uvd2xyz,
-    window_around,
-    xyz2uvd,
-)
+from frames.transforms import ROTATION_DEG, Augmentation, Camera, Frame, Rect
 from model import on_grid, spatial_form
-from utils import UserError, check_command
+from utils import UserError, check_command, require_file
 
 PLAIN = Augmentation()
-
-# Far beyond any picture (px) or working distance (mm).
-MAX_CENTER = 1e5
-
-
-class IndexLine(NamedTuple):
-    """A line of an index file: where its frame lies, the text of its numbers, its key in a crop cache."""
-
-    path: Path
-    numbers: str
-    key: int
 
 
 class HandDataset(Dataset):
@@ -71,8 +45,12 @@ class HandDataset(Dataset):
     config = []  # joint indices from the palm outwards: thumb, index, middle, ring, little, palm
     labels_frame = "uvd"
     suffix = ".png"
-    path_parts = 2  # of an index line's path, those below `frames_folder`
+    frames_folder = {}  # by split, where the paths of index lines start below the data set's folder
+    path_parts = 2  # of an index line's path, those below that folder
     process_modes = ("uvd",)
+    test_labels = True  # whether test frames have any
+    fold = ""  # what the names of its index files end in
+    training_splits = ("train",)  # whose frames were recorded for training, and have their centres there
 
     def __init__(
         self,
@@ -107,11 +85,15 @@ class HandDataset(Dataset):
             raise UserError(f"dataset must be train, val or test, not {dataset!r}")
         if process_mode not in self.process_modes or process_mode == "bb" and dataset != "test":
             raise UserError(f"{self.name} {dataset} has no process_mode {process_mode!r}")
+        if dataset == "test" and not (test_only or self.test_labels):
+            raise UserError(f"{self.name}'s test frames have no labels: construct it with test_only=True")
         given = zip((fx, fy, halfu, halfv), self.camera)
         self.camera = Camera(*(default if value is None else value for value, default in given))
         self.root = Path("Data", self.name) if path is None else Path(path)
+        self.folder = self.root / self.frames_folder.get(dataset, "")
         self.sigmoid, self.kernel_size = sigmoid, kernel_size
         self.image_size, self.label_size = image_size, label_size
+        self.sizes = dict(image_size=image_size, label_size=label_size)
         self.test_only, self.targets = test_only, targets
         using = dict(rotation=using_rotation, scale=using_scale, shift=using_shift, flip=using_flip)
         more = dict(shift_mm=shift_mm, erasing=erasing, noise_mm=noise_mm)
@@ -120,21 +102,20 @@ class HandDataset(Dataset):
         self.cube_mm = float(self.cube_mm if cube_size is None else cube_size)
         self.joint_number = self.joint_number if joint_number is None else joint_number
         self.split, self.process_mode = dataset, process_mode
-        self.lines = open_index(self) if lines is None else lines
+        self.trains = dataset in self.training_splits
+        index = self.root / self.index_name()
+        if lines is None:
+            require_file(index, f"run `{check_command(self.name, self.root)}` first")
+        self.lines = LineFile(index, skip_blank=True) if lines is None else lines
         self.cache = cache_of(self) if use_cache and lines is None and process_mode == "uvd" else None
 
     def index_name(self):
         """Return the name of this split's index file."""
-        return f"{self.split}.txt"
+        return f"{self.split}{self.fold}.txt"
 
     def cache_name(self):
         """Return the name of the crop cache that holds this split's frames."""
         return f"{'train' if self.trains else 'test'}.cache"
-
-    @property
-    def trains(self):
-        """Whether the frames are those that were recorded for training, to which a centre file belongs."""
-        return self.split == "train"
 
     def __len__(self):
         return len(self.lines)
@@ -151,7 +132,7 @@ class HandDataset(Dataset):
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         # After a decoding has emptied the processor's caches, NumPy's generator takes four times as long.
-        return self.sample(index, draw_augmentation(random.Random(seed), **self.drawn))
+        return self.sample(index, transforms.draw_augmentation(random.Random(seed), **self.drawn))
 
     def sample(self, index, augmentation=PLAIN):
         """Return the Sample (UnlabelledSample with `test_only`) of frame `index` for one Augmentation.
@@ -186,26 +167,17 @@ class HandDataset(Dataset):
         com = np.array([int(u + shift_u), int(v + shift_v), d])
         uvd = None
         if not self.test_only:
-            box_px = box_size_px(d, hand.cube_mm, self.camera)
-            joints = joints_to_crop(hand.joints_uvd, com, box_px, self.image_size)
-            uvd = augment_joints(joints, augmentation)
+            box_px = transforms.box_size_px(d, hand.cube_mm, self.camera)
+            joints = transforms.joints_to_crop(hand.joints_uvd, com, box_px, self.image_size)
+            uvd = transforms.augment_joints(joints, augmentation)
             uvd = uvd / (self.image_size - 1, self.image_size - 1, hand.cube_mm)
             # Whether a frame is usable must not depend on the network's size.
             grid = LABEL_SIZE if augmentation == PLAIN else self.label_size
             if not on_grid(uvd[:, :2], grid).all():
                 raise ValueError("a joint lies outside the heatmap grid")
             uvd = to_tensor(uvd)
-        crop = prepare_crop(
-            hand.frame,
-            com,
-            hand.cube_mm,
-            self.camera,
-            window=hand.window,
-            image_size=self.image_size,
-            label_size=self.label_size,
-            augmentation=augmentation,
-        )
-        return crop, uvd
+        how = dict(window=hand.window, augmentation=augmentation, **self.sizes)
+        return prepare_crop(hand.frame, com, hand.cube_mm, self.camera, **how), uvd
 
     def line(self, index):
         """Return the IndexLine of frame `index`. Raises FrameError where the line names no frame.
@@ -217,11 +189,7 @@ class HandDataset(Dataset):
         if not suffix or ".." in parts:
             wrong = "leads out of the data set's folder" if suffix else f"names no {self.suffix} file"
             raise FrameError(f"{self.root / self.index_name()} line {index + 1}", wrong)
-        return IndexLine(self.frames_folder().joinpath(*parts), numbers, line_key("/".join(parts) + numbers))
-
-    def frames_folder(self):
-        """Return the folder that the paths of index lines start from."""
-        return self.root
+        return IndexLine(self.folder.joinpath(*parts), numbers, line_key("/".join(parts) + numbers))
 
     def frame_path(self, index):
         """Return where frame `index` lies. Raises FrameError where its index line names none."""
@@ -242,9 +210,9 @@ class HandDataset(Dataset):
         """Return the HandFrame of an IndexLine without its labels; raises what `load` raises."""
         frame, cube_mm = self.read(line), self.frame_cube_mm(line)
         if self.margin_mm is None:
-            return HandFrame(frame, center_of_mass(frame), cube_mm)
+            return HandFrame(frame, transforms.center_of_mass(frame), cube_mm)
         center_uvd = self.center_uvd(line)
-        window = window_around(center_uvd, cube_mm - self.margin_mm, self.camera)
+        window = transforms.window_around(center_uvd, cube_mm - self.margin_mm, self.camera)
         # As in the published programs, which take twice the principal point for the picture's size.
         window = window.intersect(Rect(0, 0, int(2 * self.camera.u0), int(2 * self.camera.v0)))
         return HandFrame(frame, center_uvd, cube_mm, window)
@@ -255,14 +223,14 @@ class HandDataset(Dataset):
 
     def read(self, line):
         """Decode the frame of an IndexLine to a Frame in mm. Raises FrameError."""
-        depth = read_png(line.path, self.picture_px)
+        depth = files.read_png(line.path, self.picture_px)
         if depth.dtype != np.uint16 or depth.ndim != 2:
             raise FrameError(line.path, f"expected a 16-bit depth picture, found {depth.dtype} {depth.shape}")
         return Frame(depth)
 
     def joints(self, line):
         """Return the labels of an IndexLine, [J, 3], uvd or (MSRA, HAND17) xyz in mm. Raises FrameError."""
-        return parse_numbers(line.numbers, 3 * self.joint_number, line.path, "the label").reshape(-1, 3)
+        return files.parse_numbers(line.numbers, 3 * self.joint_number, line.path, "the label").reshape(-1, 3)
 
     def joints_uvd(self, line):
         """Return the labels of an IndexLine, [J, 3], uvd. Raises FrameError."""
@@ -284,75 +252,23 @@ class HandDataset(Dataset):
 
     def center_uvd(self, line):
         """Return the centre file's uvd for an IndexLine. Raises FrameError where it has none."""
-        number = self.center_line(line)
-        if number is None or not 0 <= number < len(self.centers[0]):
-            raise FrameError(line.path, "the centre file has no line for this frame")
-        return parse_center(self.centers[0][number], line.path)
+        return read_center(self.centers[0], self.center_line(line), line.path)
 
     def center_line(self, line):
         """Return the zero-based line of the centre file for an IndexLine; None where it has none."""
-        return frame_number(line.path) - 1
+        return files.frame_number(line.path) - 1
 
     def xyz2uvd(self, xyz):
         """Project camera-frame mm [..., 3] to (column px, row px, depth mm)."""
-        return xyz2uvd(xyz, self.camera)
+        return transforms.xyz2uvd(xyz, self.camera)
 
     def uvd2xyz(self, uvd):
         """Back-project (column px, row px, depth mm) [..., 3] to camera-frame mm."""
-        return uvd2xyz(uvd, self.camera)
+        return transforms.uvd2xyz(uvd, self.camera)
 
     def recover_uvd(self, uvd, batch):
         """Turn normalised joints [B, J, 3] of a batch into (column px, row px, depth mm) of the frames."""
-        return recover_uvd(uvd, batch.box_size, batch.cube_size, batch.com)
-
-
-def open_index(dataset):
-    """Return the lines of a split's index. Raises UserError where it is missing."""
-    path = dataset.root / dataset.index_name()
-    if not path.is_file():
-        raise UserError(f"{path} not found: run `{check_command(dataset.name, dataset.root)}` first")
-    return LineFile(path, skip_blank=True)
-
-
-def frame_number(path):
-    """Return the number in a frame's name. Raises FrameError where there is none."""
-    digits = path.stem.rpartition("_")[2].lstrip("D")
-    if not digits.isdecimal():
-        raise FrameError(path, "the name holds no frame number")
-    return int(digits)
-
-
-def parse_center(text, path):
-    """Return the centre (uvd) that a line of a centre file gives the frame at `path`. Raises FrameError."""
-    if text == "invalid":
-        raise FrameError(path, "no hand was found in it, says the centre file")
-    center_uvd = parse_numbers(text, 3, path, "the centre")
-    if center_uvd[2] < 1e-3 or max(map(abs, center_uvd.tolist())) > MAX_CENTER:
-        raise FrameError(path, "the centre is impossible: {:g} {:g} {:g}".format(*center_uvd))
-    return center_uvd
-
-
-def computed_name(name):
-    """Return the name of the file that check_dataset computes where a centre file is missing."""
-    return name.replace(".txt", "_computed.txt")
-
-
-def open_centers(dataset):
-    """Return a split's LineFiles of `center_names`: those that others distribute, or else computed ones.
-
-    Empty for a data set without centre files. Raises UserError where there are neither.
-    """
-    if dataset.margin_mm is None:
-        return []
-    names = dataset.center_names()
-    for candidates in (names, [computed_name(name) for name in names]):
-        if all((dataset.root / name).is_file() for name in candidates):
-            return [LineFile(dataset.root / name) for name in candidates]
-    missing = next(name for name in names if not (dataset.root / name).is_file())
-    raise UserError(
-        f"{dataset.root / missing} not found: put it there, or run "
-        f"`{check_command(dataset.name, dataset.root)} --force`, which computes centres from the frames"
-    )
+        return transforms.recover_uvd(uvd, batch.box_size, batch.cube_size, batch.com)
 
 
 class NYUDataset(HandDataset):
@@ -371,15 +287,15 @@ class NYUDataset(HandDataset):
 
     def frame_cube_mm(self, line):
         """Return half the cube's edge, mm: smaller for the second test person."""
-        late = self.split != "train" and frame_number(line.path) > self.late_after
+        late = self.split != "train" and files.frame_number(line.path) > self.late_after
         return self.late_cube_mm if late else self.cube_mm
 
     def read(self, line):
         """Decode the frame of an IndexLine to a Frame in mm: 256 * green + blue. Raises FrameError."""
-        image = read_png(line.path, self.picture_px)
+        image = files.read_png(line.path, self.picture_px)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise FrameError(line.path, f"expected an 8-bit RGB picture, found {image.dtype} {image.shape}")
-        return Frame(unpack_rgb(image))
+        return Frame(files.unpack_rgb(image))
 
 
 class ICVLDataset(HandDataset):
@@ -404,14 +320,12 @@ class ICVLDataset(HandDataset):
         if self.trains:
             return self._train_lines.get("/".join(line.path.parts[-2:]))
         late = line.path.parent.name == "test_seq_2"
-        return frame_number(line.path) + (self.first_sequence if late else 0)
+        return files.frame_number(line.path) + (self.first_sequence if late else 0)
 
     @cached_property
     def _train_lines(self):
-        lines = {}
-        for number, path in enumerate(self.centers[1]):
-            lines.setdefault(path.replace("\\", "/"), number)
-        return lines
+        numbered = [(path.replace("\\", "/"), number) for number, path in enumerate(self.centers[1])]
+        return dict(reversed(numbered))  # of a path that occurs twice, the first line
 
 
 class MSRADataset(HandDataset):
@@ -430,12 +344,8 @@ class MSRADataset(HandDataset):
     def __init__(self, *, subject=0, **options):
         if not (isinstance(subject, int) and 0 <= subject < self.subjects):
             raise UserError(f"subject must be 0 to {self.subjects - 1}, not {subject!r}")
-        self.subject = subject
+        self.subject, self.fold = subject, f"_{subject}"
         super().__init__(**options)
-
-    def index_name(self):
-        """Return the name of this split's index file for the held-out subject."""
-        return f"{self.split}_{self.subject}.txt"
 
     def cache_name(self):
         """Return the name of the one crop cache of all subjects, which every fold shares."""
@@ -443,7 +353,7 @@ class MSRADataset(HandDataset):
 
     def read(self, line):
         """Return the rectangle of the picture that the file of an IndexLine holds. Raises FrameError."""
-        return read_bin(line.path, self.picture_px)
+        return files.read_bin(line.path, self.picture_px)
 
 
 class HAND17Dataset(HandDataset):
@@ -457,32 +367,19 @@ class HAND17Dataset(HandDataset):
     config = [[0, 1, 6, 7, 8], [0, 2, 9, 10, 11], [0, 3, 12, 13, 14], [0, 4, 15, 16, 17], [0, 5, 18, 19, 20]]
     labels_frame = "xyz"
     center_prefix = "hands17"
+    frames_folder = {"train": "training/images", "val": "training/images", "test": "frame/images"}
     path_parts = 1
     process_modes = ("uvd", "bb")
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        if self.split == "test" and not self.test_only:
-            raise UserError(
-                "HAND17's test frames have no labels: construct the test split with test_only=True"
-            )
-
-    @property
-    def trains(self):
-        """Whether the frames are those that were recorded for training: validation frames too."""
-        return self.split != "test"
-
-    def frames_folder(self):
-        """Return the folder of the split's frames, whose index lines hold bare names."""
-        return self.root / ("frame" if self.split == "test" else "training") / "images"
+    test_labels = False
+    training_splits = ("train", "val")
 
     def locate(self, line):
         """Return the HandFrame; in `bb` mode of the centre of mass inside the bounding box."""
         if self.process_mode == "uvd":
             return super().locate(line)
-        bbox = parse_numbers(line.numbers, 4, line.path, "the bounding box")
-        frame = cut_bounding_box(self.read(line), bbox)
-        return HandFrame(frame, center_of_mass(frame), self.cube_mm)
+        bbox = files.parse_numbers(line.numbers, 4, line.path, "the bounding box")
+        frame = transforms.cut_bounding_box(self.read(line), bbox)
+        return HandFrame(frame, transforms.center_of_mass(frame), self.cube_mm)
 
 
 DATASETS = {cls.name: cls for cls in (NYUDataset, ICVLDataset, MSRADataset, HAND17Dataset)}
@@ -499,8 +396,5 @@ def test_labels_uvd(name, data_dir=None, subject=None):
     folds = [{}]
     if name == "MSRA":
         folds = [{"subject": s} for s in (range(MSRADataset.subjects) if subject is None else [subject])]
-    labels = []
-    for fold in folds:
-        dataset = DATASETS[name](path=data_dir, dataset="test", test_only=True, **fold)
-        labels += [dataset.joints_uvd(dataset.line(index)) for index in range(len(dataset))]
-    return np.stack(labels)
+    parts = [DATASETS[name](path=data_dir, dataset="test", test_only=True, **fold) for fold in folds]
+    return np.stack([part.joints_uvd(part.line(index)) for part in parts for index in range(len(part))])

@@ -1,5 +1,6 @@
 """Errors, atomic files, signals and cores, shared by all scripts."""
 
+import errno
 import os
 import shlex
 import signal
@@ -11,9 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
-
-# What ends a run from outside.
-ENDING = (signal.SIGINT, signal.SIGTERM)
 
 # Temporary files that nobody has written to for so long are nobody's.
 SWEEP_S = 3600
@@ -37,6 +35,8 @@ def run(main):
 
     SIGTERM ends it by way of every `finally`, as Ctrl-C does.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     # What OpenCV has to say of a damaged picture is said in an error.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -65,33 +65,21 @@ def say(text, stream=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the flush at exit fails again
 
 
-@contextmanager
-def signals_held():
-    """Hold Ctrl-C and SIGTERM back: what they raise amid a fork is lost, and amid a lock's release an error.
+def start_worker(_=None):
+    """Prepare a process that works for this one: one core, no signals, and no life after this one's.
 
-    Processes begun meanwhile pass over them until they call `accept_signals`.
+    Ctrl-C and SIGTERM may come to the whole process group; the main process ends its workers.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    caught = []
-    before = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in caught:
-            signal.raise_signal(number)
+    cv2.setNumThreads(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
 
 
-def accept_signals():
-    """In a process begun by the main one: leave Ctrl-C, which comes to all, to that; let SIGTERM end this.
-
-    By SIGTERM Python ends, at its exit, those that are left.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _end_after(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)  # the results would wait for ever to be read
 
 
 def usable_cores():
@@ -129,16 +117,26 @@ def atomic_path(path):
         temporary = Path(name)
         try:
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
+            _flush_to_disk(temporary)
             umask = os.umask(0)
             os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            with suppress(OSError):  # refused by some network and FUSE mounts, where a file may have no mode
+                temporary.chmod(0o666 & ~umask)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _flush_to_disk(path):
+    """Wait until a file is on the disk, on file systems that can tell. Raises OSError where it is full."""
+    with path.open("rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
 
 
 def _remove_leftovers(folder):

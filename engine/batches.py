@@ -1,23 +1,21 @@
 """Batches for the loops: sampling order, refused frames, loading processes and transfer to the device."""
 
-import signal
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from engine import distributed
 from frames.files import FrameError
-from utils import UserError
+from utils import UserError, start_worker
 
 # So many frames are tried in place of one that cannot be used.
 SUBSTITUTES = 100
 
 
 class Batch(NamedTuple):
-    """Frames of one step: a Sample of batched fields (None without any), their indices, and FrameErrors."""
+    """Frames of one step: collated samples (None without any), their indices, and the FrameErrors."""
 
     samples: tuple | None
     indices: list
@@ -51,15 +49,9 @@ class Frames(Dataset):
 
 
 def collate(items):
-    """Gather what `Frames` returns into a Batch, whose fields are arrays.
-
-    Arrays come from a worker through a pipe. Tensors would come as shared memory by way of a socket, and
-    wait for ever where /dev/shm is full, files may not be opened, or the socket's path is too long.
-    """
+    """Gather what `Frames` returns into a Batch."""
     good = [(index, sample) for index, sample, _ in items if sample is not None]
-    fields = zip(*(sample for _, sample in good))
-    arrays = [np.stack([field.numpy() for field in values]) for values in fields]
-    samples = type(good[0][1])(*arrays) if good else None
+    samples = default_collate([sample for _, sample in good]) if good else None
     return Batch(samples, [index for index, _ in good], [error for *_, refused in items for error in refused])
 
 
@@ -117,37 +109,17 @@ def make_loader(dataset, sampler, args, device, batch_size, substitutes=0):
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
 
 
-def _start_worker(_):
-    # One process a core: OpenCV's own threads would only fight over them.
-    cv2.setNumThreads(0)
-    # Signals to a whole process group come here too, while the main process still needs the batches: Ctrl-C
-    # is passed over, and so is the first SIGTERM. Python ends what is left at its exit by further ones.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-
-
 def batches_of(loader):
-    """Yield a loader's batches, of tensors.
-
-    Raises any UserError that is not about one frame, and one where the system lets no worker start.
-    """
-    try:
-        iterator = iter(loader)
-    except OSError as error:
-        raise UserError(
-            f"no loading process can be started ({error}): give fewer --num_workers, or 0; or raise the "
-            "limits on open files (ulimit -n), processes (ulimit -u) or /dev/shm"
-        ) from error
-    for batch in iterator:
+    """Yield a loader's batches. Raises any UserError that is not about one frame."""
+    for batch in loader:
         for error in batch.refused:
             if not isinstance(error, FrameError):
                 raise error
-        samples = batch.samples and type(batch.samples)(*map(torch.from_numpy, batch.samples))
-        yield batch._replace(samples=samples)
+        yield batch
 
 
 def to_device(samples, device):

@@ -115,7 +115,7 @@ def make_record(dataset, index):
     try:
         hand = dataset.locate(line)
         part = hand_part(hand.frame, hand.center_uvd[2], hand.cube_mm, hand.window)
-    except FrameError:
+    except (FrameError, ValueError):
         return line.key, b""
     if not part.depth_mm.size:
         return line.key, b""

@@ -6,6 +6,7 @@ import struct
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -55,6 +56,14 @@ def read_at(file, size, offset):
     return os.read(file, size)
 
 
+class IndexLine(NamedTuple):
+    """A line of an index file: where its frame lies, the text of its numbers, its key in a crop cache."""
+
+    path: Path
+    numbers: str
+    key: int
+
+
 class LineFile:
     """The lines of a text file, UTF-8 or (with a byte order mark) UTF-16, each read when it is asked for.
 
@@ -98,6 +107,14 @@ class LineFile:
 
     def __reduce__(self):
         return LineFile, (self.path, self.skip_blank)
+
+
+def frame_number(path):
+    """Return the number in a frame's name. Raises FrameError where there is none."""
+    digits = path.stem.rpartition("_")[2].lstrip("D")
+    if not digits.isdecimal():
+        raise FrameError(path, "the name holds no frame number")
+    return int(digits)
 
 
 def unpack_rgb(image):

@@ -105,15 +105,15 @@ def prepare_crop(
     com = np.array([int(center_uvd[0]), int(center_uvd[1]), center_uvd[2]])
     crop = crop_hand(frame, com, box_px, cube_mm, window)
     image, label_image = _pictures(crop, augmentation, image_size, label_size)
-    enough = np.count_nonzero(label_image) >= MIN_HAND_PIXELS and label_size <= LABEL_SIZE
-    if not enough:
+    mask = label_image != 0
+    if label_size > LABEL_SIZE or np.count_nonzero(mask) < MIN_HAND_PIXELS:
         _, judged = _pictures(crop, augmentation, IMAGE_SIZE, LABEL_SIZE)
         if np.count_nonzero(judged) < MIN_HAND_PIXELS:
             raise ValueError(f"fewer than {MIN_HAND_PIXELS} hand pixels in the crop")
     return UnlabelledSample(
         _channel(image / np.float32(cube_mm)),
         _channel(label_image / np.float32(cube_mm)),
-        _channel(label_image != 0),
+        _channel(mask),
         to_tensor(box_px),
         to_tensor(cube_mm),
         to_tensor(com),

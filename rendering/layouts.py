@@ -7,7 +7,6 @@ how many processes render them.
 import io
 import os
 import shutil
-import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +27,7 @@ from frames.transforms import xyz2uvd
 from rendering.hand import joints_xyz
 from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
 from rendering.sensor import SENSORS, Sensor, measure
-from utils import UserError
+from utils import UserError, start_worker
 
 SPLITS = ("train", "test")
 CHUNK = 25  # frames that one task renders
@@ -282,12 +281,6 @@ def write_chunk(layout: str, seed: int, folder: Path, split: str, numbers: range
     return labels, time.process_time() - start
 
 
-def _ignore_signals():
-    # Ctrl-C and SIGTERM may come to the whole process group; the main process ends its workers.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _write_chunks(layout: str, seed: int, counts: dict, folder: Path, processes: int):
     """Yield (split, numbers, result of `write_chunk`) for all frames, in order."""
     tasks = [
@@ -304,7 +297,7 @@ def _write_chunks(layout: str, seed: int, counts: dict, folder: Path, processes:
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 31))
     # Forking a process whose torch has started threads may hang: start fresh ones.
-    with ProcessPoolExecutor(processes, get_context("spawn"), _ignore_signals) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), start_worker) as pool:
         try:
             yield from ((*task, result) for task, result in zip(tasks, pool.map(write, *zip(*tasks))))
         finally:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from check_dataset import build_index
+from check_dataset import build_index, judge
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -56,6 +56,12 @@ def expected(name):
 def copy_golden(name, root):
     """Copy a golden data set to the folder `root`; return it."""
     return shutil.copytree(GOLDEN / name, root)
+
+
+def refusal(dataset, index):
+    """Return why a frame cannot be used, or None where it can."""
+    error = judge(dataset, index)
+    return error and error.reason
 
 
 def hidden_files(folder):

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import GOLDEN, ON_CPU, SMALL_NETWORK, hidden_files
+from conftest import GOLDEN, ON_CPU, SMALL_NETWORK, hidden_files, refusal
 
-from check_dataset import refusal
-from datasets import DATASETS, frame_number
+from datasets import DATASETS
 from engine.checkpoints import load_checkpoint
-from frames.files import FrameError
+from frames.files import FrameError, frame_number
 from utils import UserError, atomic_path
 
 CHECKPOINT = GOLDEN / "expected" / "instance_softmax.pt"  # of 14 joints, as NYU has
@@ -126,7 +125,8 @@ def assert_one_refused(done, root, frame, reason, total):
     """Check that exactly one training frame was refused, for the reason, and the index has the others."""
     accepted = f"train: {total - 1} of {total} frames accepted, 1 refused"
     assert done.status == 0 and accepted in done.out, done.out + done.err
-    path, found = (root / "rejected.txt").read_text().rstrip("\n").split("\t")
+    (path, found), *others = (line.split("\t") for line in (root / "rejected.txt").read_text().splitlines())
+    assert all(reason == "no label names this frame" for _, reason in others)
     assert Path(path).name == frame and reason in found and reason in done.out
     assert not hidden_files(root)
 

@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ON_CPU, SMALL_NETWORK, expected, hidden_files
+from conftest import ON_CPU, SMALL_NETWORK, expected, hidden_files, refusal
 
-from check_dataset import build_cache, refusal
+from check_dataset import build_cache
 from datasets import DATASETS
 from frames import cache
 from frames.cache import CropCache, write_cache

@@ -6,14 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
-from conftest import GOLDEN, REPO, expected, hidden_files
+from conftest import GOLDEN, REPO, expected, hidden_files, refusal
 
-from check_dataset import refusal
 from datasets import DATASETS
 
 NAMES = sorted(DATASETS)
@@ -183,24 +183,58 @@ def test_force_and_a_missing_index_file_build_again(fresh, script):
 # Stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_its_processes_and_writes_nothing(number, fresh):
-    """To the whole group, as from a terminal or a batch system."""
-    root = fresh("HAND17")
-    labels = root / "training/Training_Annotation.txt"
-    labels.write_text(labels.read_text() * 20_000)
-    command = [sys.executable, REPO / "check_dataset.py", "--dataset", "HAND17"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+@pytest.fixture
+def long_check(fresh_indexed):
+    """Return a function that starts a check of 3,000 frames, returned as soon as some are done."""
+
+    def start(*options):
+        root = fresh_indexed("HAND17")
+        for lines in (root / "training/Training_Annotation.txt", root / "train.txt"):
+            lines.write_text(lines.read_text() * 1_000)
+        command = [sys.executable, REPO / "check_dataset.py", "--dataset", "HAND17", *options]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         err = ""
         while "frame/s" not in err:
             assert process.poll() is None, err
             err += process.stderr.read(10)
+        return process
+
+    return start
+
+
+def group_is_gone(number):
+    """Return whether no process of a group is left."""
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_its_processes_and_writes_nothing(number, long_check):
+    """To the whole group, as from a terminal or a batch system."""
+    with long_check("--force") as process:
+        before = Path("Data/HAND17/train.txt").stat()
         os.killpg(process.pid, number)
-        err += process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number and "Traceback" not in err
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-    assert not (root / "train.txt").exists() and not hidden_files(root)
+    assert group_is_gone(process.pid)
+    assert Path("Data/HAND17/train.txt").stat() == before and not hidden_files("Data")
+
+
+def test_killing_it_leaves_no_process_behind(long_check):
+    """Not even one whose results, a cache's records, nobody reads any more."""
+    with long_check("--cache") as process:
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while not group_is_gone(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        gone = group_is_gone(process.pid)
+        if not gone:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert gone
 
 
 # Computed centres

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import expected
+from conftest import expected, refusal
 from torch.utils.data import DataLoader
 
-from check_dataset import build_cache, refusal
-from datasets import DATASETS, HAND17Dataset, NYUDataset, frame_number, test_labels_uvd
+from check_dataset import build_cache
+from datasets import DATASETS, HAND17Dataset, NYUDataset, test_labels_uvd
 from frames import samples
-from frames.files import FrameError, LineFile
+from frames.files import FrameError, LineFile, frame_number
 from frames.samples import Sample, UnlabelledSample
 from frames.transforms import Augmentation, Frame, Rect
 from model import spatial_form

@@ -23,8 +23,9 @@ if __name__ == "__main__":
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 
-from check_dataset import build_cache, build_index, open_parts, refusal
+from check_dataset import build_cache, build_index, open_parts
 from datasets import DATASETS
 from engine import checkpoints
 from engine.checkpoints import load_checkpoint, load_network, save_checkpoint

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ON_CPU, REPO, SMALL_NETWORK, run_process
+from conftest import ON_CPU, REPO, SMALL_NETWORK, refusal, run_process
 
 import demo
-from check_dataset import build_index, refusal
+from check_dataset import build_index
 from datasets import DATASETS
 from frames.transforms import xyz2uvd
 from rendering import layouts

@@ -25,7 +25,7 @@ import torch
 from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from check_dataset import build_cache, build_index, open_parts, refusal
+from check_dataset import build_cache, build_index, judge, open_parts
 from datasets import DATASETS
 from engine.batches import EpochSampler, batches_of, make_loader
 from engine.checkpoints import load_network, resolve_device
@@ -100,7 +100,7 @@ def loading_rows(name, root, repeats):
     functions = [
         lambda: [decode_alone(files, i) for i in numbers],
         lambda: [files[i, i] for i in numbers],
-        lambda: [refusal(source, i % len(source)) for i in numbers],
+        lambda: [judge(source, i % len(source)) for i in numbers],
     ]
     if cached.cache:
         functions.append(lambda: [cached[i, i] for i in numbers])
