@@ -20,7 +20,8 @@ from rendering.surface import render_depth
 from utils import UserError, atomic_path, run
 
 # Frames whose views look like the real ones beside them.
-RENDERED = [("NYU", 10), ("SR305", 0), ("SR305", 34), ("SR305", 36), ("SR305", 10)]
+RENDERED = [("NYU", 6), ("SR305", 25), ("SR305", 32), ("SR305", 6), ("SR305", 43)]
+GESTURES_A_ROW = 14
 REAL_SR305 = ("230536_110", "230536_70", "231615_100", "231615_220")
 
 
@@ -69,12 +70,14 @@ def draw_gestures(out):
     for turn in (0.35, 1.3):
         hands = hand.Hands(
             torch.tensor(anatomy.BONES_MM).expand(count, 5, 4),
-            torch.ones(count),
-            angles,
-            torch.tensor([np.cos(turn / 2), 0, np.sin(turn / 2), 0]).float().expand(count, 4),
-            torch.tensor([0.0, 90, 600]).expand(count, 3),
-            torch.zeros(count).bool(),
-            torch.full((count,), 100.0),
+            girth=torch.ones(count),
+            angles=angles,
+            rotation=torch.tensor([np.cos(turn / 2), 0, np.sin(turn / 2), 0]).float().expand(count, 4),
+            wrist_mm=torch.tensor([0.0, 90, 600]).expand(count, 3),
+            left=torch.zeros(count).bool(),
+            forearm_mm=torch.full((count,), 100.0),
+            arm_girth=torch.ones(count),
+            sleeve_mm=torch.full((count,), torch.inf),
         )
         surfaces = hand.hand_and_arm(hands)
         depth_mm = torch.minimum(*(render_depth(surface, camera, (160, 200)) for surface in surfaces)).numpy()
@@ -83,7 +86,9 @@ def draw_gestures(out):
     cells = [cv2.vconcat(pair) for pair in zip(*rows)]
     for cell, name in zip(cells, anatomy.GESTURES):
         cv2.putText(cell, name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-    sheet = cv2.vconcat([cv2.hconcat(cells[k : k + 12]) for k in range(0, count, 12)])
+    cells += [np.full_like(cells[0], 255)] * (-count % GESTURES_A_ROW)
+    rows = [cells[k : k + GESTURES_A_ROW] for k in range(0, count, GESTURES_A_ROW)]
+    sheet = cv2.vconcat([cv2.hconcat(row) for row in rows])
     write_smallest(out / "gestures.png", sheet)
 
 

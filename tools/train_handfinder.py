@@ -1,10 +1,11 @@
 """Train the network that tells hands from what is no hand (handfinder.Judge) on rendered frames.
 
     python -m tools.train_handfinder
-    python -m tools.train_handfinder --frames 2000 --epochs 2 --out /tmp/handfinder.pt
+    python -m tools.train_handfinder --init Model/handfinder.pt --frames 3500 --epochs 6 --seed 1
 
-The defaults made Model/handfinder.pt. Frames of every sensor are rendered with an arm and mostly with a
-body, half of them with tables, bars, boxes and specks, some without a hand; of each the judge learns places
+Model/handfinder.pt was made by the two, one after the other. Frames of every sensor are rendered with an arm
+and mostly with a body, half of them with tables, bars, boxes and specks; in some nothing is but a hand cut
+out of its frame, in some a body without a hand comes as near as hands do. Of each the judge learns places
 like those that it will have to judge, and some around the hand.
 """
 
@@ -20,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from engine.checkpoints import save_checkpoint
+from engine.checkpoints import load_checkpoint, save_checkpoint
 from frames.handfinder import CROP_PX, REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
 from frames.transforms import Camera, Frame, uvd2xyz
-from rendering.hand import Noise, draw_hands, move_to
+from rendering.anatomy import GESTURES
+from rendering.hand import Noise, draw_hands, gesture_angles, limits_rad, move_to
 from rendering.scene import SCENE_COLUMNS, add_background, render_scene
 from rendering.sensor import SENSORS, measure
+from rendering.surface import Surface
 from utils import UserError, run, usable_cores
 
 PLACES, NEAR_PLACES = 12, 5  # of a frame: surfaces, and random places around the hand
@@ -33,7 +36,11 @@ HAND_MM, NO_HAND_MM = 60.0, 85.0  # a place nearer to the middle than this is a 
 OFFSET_MM = 150.0  # so far away the judge has to say where the middle is
 LEAST_SEEN = 0.35  # of a hand's surface, for a frame to be used
 SAME_DEPTH_MM = 30.0
-HANDLESS = 0.15  # share of frames without hand and arm
+HANDLESS = 0.15  # share of frames without hand and arm, whose bodies come nearer by up to NEARER_MM
+NEARER_MM = 450.0
+CLOSED = ("fist", "fist, thumb on index", "A", "E", "M", "N", "O", "T")
+CLOSED_SHARE, CUT_OUT = 0.35, 0.2  # shares of frames
+CUT_MM = (-5.0, 70.0)  # from the hand to where a frame is cut
 BEHIND_CAMERA_MM, NOWHERE_MM = -1e4, 1e6
 BATCH, TASK_FRAMES, RENDERED_AT_ONCE = 512, 200, 8
 
@@ -60,18 +67,30 @@ def draw_frames(name, seed, count):
                 yield depth, None, camera
             elif seen.mean() > LEAST_SEEN:
                 rows, columns = np.nonzero(hand)
+                if rng.random() < CUT_OUT:
+                    depth = cut_out(
+                        depth, rows, columns, rng.uniform(*CUT_MM, 4) * camera.fx / exact[hand].mean()
+                    )
                 yield depth, np.array([columns.mean(), rows.mean(), exact[hand].mean()]), camera
 
 
 def draw_finder_scenes(sensor, camera, size_px, generator, count):
-    """Draw scenes with hands anywhere in the picture, half of them seen from just any side, or without."""
+    """Draw scenes with hands anywhere in the picture, half of them seen from any side, or none."""
     uniform = torch.rand(count, SCENE_COLUMNS, generator=generator).clamp(1e-6, 1 - 1e-6)
     noise = Noise(uniform)
     hands = draw_hands(noise, sensor.left)
     rotation = torch.randn(count, 4, generator=generator)
     rotation = rotation / rotation.norm(dim=1, keepdim=True)
     from_anywhere = noise.uniform(1) < 0.5
-    hands = hands._replace(rotation=torch.where(from_anywhere, rotation, hands.rotation))
+    table = gesture_angles(uniform)[[list(GESTURES).index(name) for name in CLOSED]]
+    closed = table[(len(table) * noise.uniform(1)[:, 0]).long()] + 0.08 * noise.normal(22)
+    closed = torch.cat(
+        (closed[:, :20].clamp(*(limit[:20] for limit in limits_rad(uniform))), hands.angles[:, 20:]), 1
+    )
+    hands = hands._replace(
+        rotation=torch.where(from_anywhere, rotation, hands.rotation),
+        angles=torch.where(noise.uniform(1) < CLOSED_SHARE, closed, hands.angles),
+    )
     near, far = sensor.hand_mm
     u, v, z = noise.uniform(3).unbind(1)
     z = near + (far - near) * z
@@ -80,7 +99,24 @@ def draw_finder_scenes(sensor, camera, size_px, generator, count):
     scenes = add_background(move_to(hands, places), noise, sensor._replace(body=max(sensor.body, 0.7)))
     without = noise.uniform(1) < HANDLESS
     wrist_mm = torch.where(without, BEHIND_CAMERA_MM, scenes.hands.wrist_mm)
-    return scenes._replace(hands=scenes.hands._replace(wrist_mm=wrist_mm))
+    nearer_mm = NEARER_MM * without * noise.uniform(1)
+    behind = Surface(*(part - nearer_mm[:, None] * is_z(part) for part in scenes.behind))
+    return scenes._replace(hands=scenes.hands._replace(wrist_mm=wrist_mm), behind=behind)
+
+
+def is_z(part):
+    """Return 1 where the last dimension of a Surface's part holds a z, else 0."""
+    place = torch.arange(part.shape[-1])
+    return (place % (3 if part.shape[-1] == 9 else 4) == 2).to(part)
+
+
+def cut_out(depth_mm, rows, columns, margins_px):
+    """Return a frame [H, W] of which nothing is left but a box around pixels, larger by margins [4]."""
+    left, top = (max(0, int(k.min() - margin)) for k, margin in zip((columns, rows), margins_px))
+    right, bottom = (int(k.max() + margin) + 1 for k, margin in zip((columns, rows), margins_px[2:]))
+    cut = np.zeros_like(depth_mm)
+    cut[top:bottom, left:right] = depth_mm[top:bottom, left:right]
+    return cut
 
 
 def add_clutter(depth_mm, rng, camera):
@@ -213,12 +249,15 @@ def main(argv=None):
     parser.add_argument("--frames", type=int, default=8000, help="of each sensor")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="begin with this file's weights (default: new ones)")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="file to write (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.frames < 100 or args.epochs < 1:
         raise UserError("--frames must be 100 or more, --epochs 1 or more")
     torch.manual_seed(args.seed)
     network = Judge().to(memory_format=torch.channels_last)
+    if args.init:
+        network.load_state_dict(load_checkpoint(args.init, ["state_dict"])["state_dict"])
     fit(network, *collect_all(args.frames, args.seed), args.epochs)
     save_checkpoint(args.out, {"state_dict": network.state_dict(), "frames": args.frames, "seed": args.seed})
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB")
