@@ -103,9 +103,7 @@ def measure(depth_mm: Tensor, sensor: Sensor, fx_px: float, generator: torch.Gen
     cell = 2 if fx_px > 0.75 * sensor.camera.fx else 1
     cells_mm = depth_mm
     if cell == 2:
-        padded = depth_mm
-        if depth_mm.shape[1] % 2 or depth_mm.shape[2] % 2:
-            padded = F.pad(depth_mm, (0, depth_mm.shape[2] % 2, 0, depth_mm.shape[1] % 2), value=NO_WALL_MM)
+        padded = F.pad(depth_mm, (0, depth_mm.shape[2] % 2, 0, depth_mm.shape[1] % 2), value=NO_WALL_MM)
         rows_mm = torch.minimum(padded[:, ::2], padded[:, 1::2])
         cells_mm = torch.minimum(rows_mm[:, :, ::2], rows_mm[:, :, 1::2])
     nearest_mm = _nearest(cells_mm, 1)

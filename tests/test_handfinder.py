@@ -266,6 +266,27 @@ def test_the_hand_is_found_in_real_frames(shared):
     assert max(off_mm.values()) < 80
 
 
+def test_of_a_frame_cut_out_nothing_is_left_but_a_box_around_the_hand():
+    frame = np.arange(1.0, 1201).reshape(30, 40)
+    cut = train_handfinder.cut_out(frame, np.array([10, 19]), np.array([5, 14]), (2, 20, -3, 5))
+    left = np.zeros(frame.shape, bool)
+    left[:25, 3:12] = True
+    np.testing.assert_array_equal(cut, np.where(left, frame, 0))
+
+
+def test_bodies_without_a_hand_come_nearer_and_closed_hands_are_many():
+    sensor, size_px = SENSORS["SR305"]._replace(body=1.0), (320, 240)
+    camera = Camera(*(number / 2 for number in sensor.camera))
+    generator = torch.Generator().manual_seed(0)
+    scenes = train_handfinder.draw_finder_scenes(sensor, camera, size_px, generator, 200)
+    without = scenes.hands.wrist_mm[:, 2] < 0
+    shoulder_mm = scenes.behind.spheres[:, 1, 2]
+    assert 0.08 < without.float().mean() < 0.25
+    assert shoulder_mm[without].mean() < shoulder_mm[~without].mean() - 100
+    folded = (scenes.hands.angles[:, 4:20:4].rad2deg() > 30).all(1)
+    assert folded.float().mean() > 0.35
+
+
 @pytest.mark.slow
 def test_the_judge_learns_from_rendered_frames(tmp_path, capsys, monkeypatch):
     """The whole way of tools/train_handfinder.py, short: better than saying no everywhere (70%)."""

@@ -1,7 +1,7 @@
 """Train the network that tells hands from what is no hand (handfinder.Judge) on rendered frames.
 
     python -m tools.train_handfinder
-    python -m tools.train_handfinder --init Model/handfinder.pt --frames 3500 --epochs 6 --seed 1
+    python -m tools.train_handfinder --init Model/handfinder.pt --frames 3000 --epochs 1 --seed 1
 
 Model/handfinder.pt was made by the two, one after the other. Frames of every sensor are rendered with an arm
 and mostly with a body, half of them with tables, bars, boxes and specks; in some nothing is but a hand cut
@@ -67,11 +67,11 @@ def draw_frames(name, seed, count):
                 yield depth, None, camera
             elif seen.mean() > LEAST_SEEN:
                 rows, columns = np.nonzero(hand)
+                middle_uvd = np.array([columns.mean(), rows.mean(), exact[hand].mean()])
                 if rng.random() < CUT_OUT:
-                    depth = cut_out(
-                        depth, rows, columns, rng.uniform(*CUT_MM, 4) * camera.fx / exact[hand].mean()
-                    )
-                yield depth, np.array([columns.mean(), rows.mean(), exact[hand].mean()]), camera
+                    margins_px = rng.uniform(*CUT_MM, 4) * camera.fx / middle_uvd[2]
+                    depth = cut_out(depth, rows, columns, margins_px)
+                yield depth, middle_uvd, camera
 
 
 def draw_finder_scenes(sensor, camera, size_px, generator, count):
@@ -82,15 +82,8 @@ def draw_finder_scenes(sensor, camera, size_px, generator, count):
     rotation = torch.randn(count, 4, generator=generator)
     rotation = rotation / rotation.norm(dim=1, keepdim=True)
     from_anywhere = noise.uniform(1) < 0.5
-    table = gesture_angles(uniform)[[list(GESTURES).index(name) for name in CLOSED]]
-    closed = table[(len(table) * noise.uniform(1)[:, 0]).long()] + 0.08 * noise.normal(22)
-    closed = torch.cat(
-        (closed[:, :20].clamp(*(limit[:20] for limit in limits_rad(uniform))), hands.angles[:, 20:]), 1
-    )
-    hands = hands._replace(
-        rotation=torch.where(from_anywhere, rotation, hands.rotation),
-        angles=torch.where(noise.uniform(1) < CLOSED_SHARE, closed, hands.angles),
-    )
+    hands = hands._replace(rotation=torch.where(from_anywhere, rotation, hands.rotation))
+    hands = close_some(hands, noise)
     near, far = sensor.hand_mm
     u, v, z = noise.uniform(3).unbind(1)
     z = near + (far - near) * z
@@ -102,6 +95,15 @@ def draw_finder_scenes(sensor, camera, size_px, generator, count):
     nearer_mm = NEARER_MM * without * noise.uniform(1)
     behind = Surface(*(part - nearer_mm[:, None] * is_z(part) for part in scenes.behind))
     return scenes._replace(hands=scenes.hands._replace(wrist_mm=wrist_mm), behind=behind)
+
+
+def close_some(hands, noise):
+    """Return Hands of which a share make a gesture of CLOSED, more or less."""
+    (low, high), table = limits_rad(hands.angles), gesture_angles(hands.angles)
+    table = table[[list(GESTURES).index(name) for name in CLOSED]]
+    closed = table[(len(table) * noise.uniform(1)[:, 0]).long()] + 0.08 * noise.normal(22)
+    closed = torch.where(torch.arange(22) < 20, closed.clamp(low, high), hands.angles)  # not the wrist
+    return hands._replace(angles=torch.where(noise.uniform(1) < CLOSED_SHARE, closed, hands.angles))
 
 
 def is_z(part):
