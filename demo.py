@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
+import utils  # first: torch reads the threads' settings when it is imported
 from check_dataset import build_cache, build_index
 from datasets import HAND17Dataset
-from engine.checkpoints import load_network
+from engine.checkpoints import load_network, resolve_device
 from engine.loops import picture_of
 from engine.metrics import PROTOCOLS, joint_errors_mm
 from engine.options import parse_test, parse_train
@@ -26,7 +26,7 @@ from evaluate import plot_errors, read_joints
 from frames.drawing import draw_crop, write_picture
 from frames.transforms import joints_to_crop
 from rendering.layouts import write_dataset
-from utils import UserError, run, usable_cores
+from utils import UserError, usable_cores
 
 DATA = Path("Data", "synthetic", "HAND17")
 PICTURES = Path("Result", "demo")
@@ -118,7 +118,7 @@ def main():
     plot_errors(PICTURES / "errors.png", errors_mm, PROTOCOLS["HAND17"].joint_names, "Rendered hands")
     network = load_network(checkpoint_path(run_name(options), "final"), "HAND17")
     _, _, val_set, _ = open_splits(options)
-    picture = picture_of(network, val_set, 0, torch.device("cpu"), options)
+    picture = picture_of(network, val_set, 0, resolve_device("cpu"), options)
     write_picture(PICTURES / "heatmaps.png", picture)
     for name, error_mm in errors_mm.items():
         print(
@@ -128,4 +128,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(utils.run(main))

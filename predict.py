@@ -10,12 +10,13 @@ python predict.py frame.npy --camera camera.yml --model Model/mine.pt --center 3
 import sys
 import time
 
+import utils  # first: torch reads the threads' settings when it is imported
 from engine.options import parse_predict
 from frames.cameras import doubts_about, list_frames, read_depth
 from frames.files import FrameError
 from prediction.estimator import HandPose, HandPoseEstimator, no_hand
 from prediction.output import PredictionWriter
-from utils import run, say
+from utils import say
 
 __all__ = ["HandPose", "HandPoseEstimator"]
 
@@ -79,4 +80,4 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(utils.run(main))

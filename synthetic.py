@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import utils  # first: torch reads the threads' settings when it is imported
 from rendering.layouts import FEWEST, SPLITS, write_dataset
-from utils import UserError, run, usable_cores
+from utils import UserError, usable_cores
 
 
 def main() -> None:
@@ -42,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(utils.run(main))

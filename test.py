@@ -7,9 +7,9 @@ python test.py --dataset NYU --model Model/NYU_published.pt
 
 import sys
 
+import utils  # first: torch reads the threads' settings when it is imported
 from engine.options import parse_test
 from engine.testing import test_and_evaluate
-from utils import run
 
 
 def main():
@@ -18,4 +18,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(utils.run(main))

@@ -6,9 +6,9 @@ python test_msra.py --subject all
 
 import sys
 
+import utils  # first: torch reads the threads' settings when it is imported
 from engine.options import parse_test
 from engine.testing import test_and_evaluate
-from utils import run
 
 
 def main():
@@ -17,4 +17,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(utils.run(main))

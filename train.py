@@ -7,9 +7,9 @@ python train.py --config Model/NYU_mixed.yml
 
 import sys
 
+import utils  # first: torch reads the threads' settings when it is imported
 from engine.options import parse_train
 from engine.training import train
-from utils import run
 
 
 def main():
@@ -18,4 +18,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(utils.run(main))

@@ -6,9 +6,9 @@ python train_msra.py --subject all
 
 import sys
 
+import utils  # first: torch reads the threads' settings when it is imported
 from engine.options import parse_train
 from engine.training import folds, train
-from utils import run
 
 
 def main():
@@ -20,4 +20,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(utils.run(main))

@@ -1,9 +1,13 @@
 """Command lines and their YAML defaults."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import REPO
 
 from engine.options import parse_test, parse_train
 from utils import UserError, usable_cores
@@ -201,3 +205,30 @@ def test_value_out_of_range_is_refused(text, message):
 def test_test_checks_its_values_too(text):
     with pytest.raises(UserError, match="must be"):
         parse_test("Test.", text.split())
+
+
+# What scripts set before torch is imported
+
+STOP_AT_TORCH = """import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Finder())
+import """
+
+
+@pytest.mark.parametrize(
+    "script, own, seen",
+    [
+        *((name, {}, "1000") for name in "train train_msra test test_msra predict synthetic demo".split()),
+        ("train", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ],
+)
+def test_threads_soon_sleep_unless_the_environment_says_otherwise(script, own, seen):
+    others = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+    command = [sys.executable, "-c", f"{STOP_AT_TORCH}{script}"]
+    done = subprocess.run(command, cwd=REPO, env=others | own, capture_output=True, text=True)
+    assert done.stdout.strip() == seen, done.stderr

@@ -394,7 +394,7 @@ time.sleep(60)
 """
 DEMO = """import sys, demo
 demo.load_or_render, demo.__file__, demo.usable_cores = lambda: (None, None), "demo.py", lambda: 2
-sys.exit(demo.run(demo.main))
+sys.exit(demo.utils.run(demo.main))
 """
 
 
