@@ -1,10 +1,11 @@
 """Batches for the loops: sampling order, refused frames, loading processes and transfer to the device."""
 
+import signal
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engine import distributed
 from frames.files import FrameError
@@ -15,7 +16,7 @@ SUBSTITUTES = 100
 
 
 class Batch(NamedTuple):
-    """Frames of one step: collated samples (None without any), their indices, and the FrameErrors."""
+    """Frames of one step: a Sample of batched fields (None without any), their indices, and FrameErrors."""
 
     samples: tuple | None
     indices: list
@@ -49,9 +50,15 @@ class Frames(Dataset):
 
 
 def collate(items):
-    """Gather what `Frames` returns into a Batch."""
+    """Gather what `Frames` returns into a Batch, whose fields are arrays.
+
+    Arrays come from a worker through a pipe. Tensors would come as shared memory by way of a socket, and
+    wait for ever where /dev/shm is full, files may not be opened, or the socket's path is too long.
+    """
     good = [(index, sample) for index, sample, _ in items if sample is not None]
-    samples = default_collate([sample for _, sample in good]) if good else None
+    fields = zip(*(sample for _, sample in good))
+    arrays = [np.stack([field.numpy() for field in values]) for values in fields]
+    samples = type(good[0][1])(*arrays) if good else None
     return Batch(samples, [index for index, _ in good], [error for *_, refused in items for error in refused])
 
 
@@ -109,17 +116,35 @@ def make_loader(dataset, sampler, args, device, batch_size, substitutes=0):
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker,
+        worker_init_fn=_start_worker,
     )
 
 
+def _start_worker(_):
+    start_worker()
+    # A SIGTERM to the whole process group comes here too, while the main process still needs the batches: the
+    # first is passed over. Python ends what is left at its exit by further ones.
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
 def batches_of(loader):
-    """Yield a loader's batches. Raises any UserError that is not about one frame."""
-    for batch in loader:
+    """Yield a loader's batches, of tensors.
+
+    Raises any UserError that is not about one frame, and one where the system lets no worker start.
+    """
+    try:
+        iterator = iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"no loading process can be started ({error}): give fewer --num_workers, or 0; or raise the "
+            "limits on open files (ulimit -n), processes (ulimit -u) or /dev/shm"
+        ) from error
+    for batch in iterator:
         for error in batch.refused:
             if not isinstance(error, FrameError):
                 raise error
-        yield batch
+        samples = batch.samples and type(batch.samples)(*map(torch.from_numpy, batch.samples))
+        yield batch._replace(samples=samples)
 
 
 def to_device(samples, device):

@@ -4,8 +4,9 @@ import hashlib
 import platform
 import signal
 import subprocess
+import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,14 @@ from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.loops import Progress
 from engine.recipe import averaged
 from utils import Stopped, UserError, atomic_path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where runs are not locked
+    fcntl = None
+
+# For so long a run that has ended tries to write what a full disk refused.
+RETRY_S = 600
 
 # Options that may differ when a run is resumed: they do not change what is computed.
 FREE_OPTIONS = {
@@ -146,14 +155,41 @@ class Saver:
     def write(self, path, checkpoint):
         """Write a checkpoint, after those that are still unsaved; warn where it cannot be written."""
         self.unsaved[path] = checkpoint
-        for unsaved, its_checkpoint in list(self.unsaved.items()):
-            try:
-                save_checkpoint(unsaved, its_checkpoint)
-                del self.unsaved[unsaved]
-            except UserError as error:
-                tqdm.write(f"WARNING: {error}. Training goes on, and the next save tries again")
+        self._write_unsaved()
         if path in self.unsaved:
             self.unsaved[path] = deepcopy(checkpoint)  # the weights go on changing
+
+    def _write_unsaved(self, folder=None):
+        """Write what is unsaved, to its place or into a folder; return the files written."""
+        written = []
+        for path, checkpoint in list(self.unsaved.items()):
+            try:
+                written.append(folder / path.name if folder else path)
+                save_checkpoint(written[-1], checkpoint)
+                del self.unsaved[path]
+            except UserError as error:
+                written.pop()
+                tqdm.write(f"WARNING: {error}: {path} is not saved yet")
+        return written
+
+    def rescue(self, wait_s=0):
+        """Try for `wait_s`, or until a signal, to write what is unsaved; then in the temporary folder.
+
+        Return a sentence on what could not be written to its place; none where all was.
+        """
+        until = time.monotonic() + wait_s
+        while self.unsaved and not self.signals and time.monotonic() < until:
+            tqdm.write("free some space: what is not saved yet is tried again every few seconds")
+            for _ in range(5):
+                if not self.signals:
+                    time.sleep(1)
+            self._write_unsaved()
+        if not self.unsaved:
+            return ""
+        elsewhere = self._write_unsaved(Path(tempfile.gettempdir()))
+        moved = f"move {', '.join(map(str, elsewhere))} to Model/. " if elsewhere else ""
+        lost = f"NOT SAVED: {', '.join(map(str, self.unsaved))}" if self.unsaved else ""
+        return f"the disk is full: {moved}{lost}".rstrip(" .")
 
     def save(self, state):
         """Write Model/<run>_last.pt."""
@@ -172,11 +208,36 @@ class Saver:
             return
         self.save(state)
         number = self.signals[0] if self.signals else signal.SIGTERM
+        unsaved = self.rescue()
         raise Stopped(
             f"stopped by {signal.Signals(number).name} in epoch {state.epoch + 1} after step "
-            f"{state.progress.step}; go on with the same command and --resume",
+            f"{state.progress.step}; {unsaved or 'go on with the same command and --resume'}",
             128 + number,
         )
+
+
+@contextmanager
+def locked(run):
+    """Let no other run of this name begin meanwhile. Raises UserError, in all processes, where one has."""
+    with ExitStack() as files:
+        distributed.from_main(lambda: files.enter_context(_lock_file(run)) and None)
+        yield
+
+
+def _lock_file(run):
+    """Return the open lock file of a run; the system releases the lock however the run ends."""
+    path = Path("Model", f"{run}.lock")
+    path.parent.mkdir(exist_ok=True)
+    file = path.open("a")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"{run} is being trained already: wait, or give another --suffix") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def load_state(args):

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 import warnings
 from argparse import Namespace
@@ -19,7 +20,6 @@ from engine.checkpoints import (
     draw_seed,
     load_checkpoint,
     resolve_device,
-    save_checkpoint,
     seed_everything,
     torch_errors_explained,
 )
@@ -27,7 +27,16 @@ from engine.full_regression import FullRegression
 from engine.log import Log
 from engine.loops import Progress, picture_of, train_one_epoch, validate
 from engine.recipe import epoch_options, load_weights
-from engine.state import RunState, Saver, checkpoint_path, load_state, run_name, write_options
+from engine.state import (
+    RETRY_S,
+    RunState,
+    Saver,
+    checkpoint_path,
+    load_state,
+    locked,
+    run_name,
+    write_options,
+)
 from frames.files import FrameError
 from model import PixelwiseRegression
 from utils import UserError
@@ -100,6 +109,11 @@ def train(args):
     after a signal.
     """
     device = resolve_device(args.device, distributed.start(args.device, args.gpu_id))
+    with locked(run_name(args)):
+        return _train(args, device)
+
+
+def _train(args, device):
     saved = distributed.from_main(lambda: load_state(args))
     seed = saved["seed"] if saved else distributed.from_main(lambda: args.seed or draw_seed())
     args = Namespace(**{**vars(args), "seed": seed})
@@ -129,8 +143,10 @@ def train(args):
         while state.epoch < args.epoch:
             try:
                 record = train_epoch(state, train_loader, val_loader, device, saver)
-            except UserError:
+            except UserError as error:
                 saver.save(state)
+                if unsaved := saver.rescue():
+                    raise UserError(f"{error}; {unsaved}") from error
                 raise
             end_epoch(state, record, saver)
             if log:
@@ -221,11 +237,13 @@ def finish(state, saver, log):
     best, last = min(state.records, key=_error_mm), state.records[-1]
     if log:
         final, path = (checkpoint_path(state.run, which) for which in ("final", best["epoch"]))
-        if path in saver.unsaved or path.is_file():
-            save_checkpoint(final, saver.unsaved.get(path) or load_checkpoint(path))
-        else:
-            print(f"WARNING: {path}, the best epoch, is gone: {final} is the last epoch")
-            save_checkpoint(final, state.checkpoint())
+        checkpoint = saver.unsaved.get(path) or (load_checkpoint(path) if path.is_file() else {})
+        if checkpoint.get("record") != best:
+            print(f"WARNING: {path} is not this run's best epoch any more: {final} is the last epoch")
+            checkpoint, best = state.checkpoint(), last
+        saver.write(final, checkpoint)
+        if unsaved := saver.rescue(RETRY_S):
+            raise UserError(unsaved)
         log.write_curves(state.records)
         print(
             f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "
@@ -241,10 +259,15 @@ def _error_mm(record):
 
 @contextmanager
 def noted_signals():
-    """Note SIGTERM and Ctrl-C in the list that is yielded, so that a run ends after its step, not in it."""
+    """Yield a list that notes SIGTERM and Ctrl-C: a run ends after its step; at the third, at once."""
     signals = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
+
+    def note(number, _):
+        signals.append(number)
+        if len(signals) > 2:
+            sys.exit(128 + number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield signals
     finally:

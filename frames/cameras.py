@@ -13,13 +13,13 @@ import yaml
 
 from frames.files import MAX_NUMBER, FrameError, decode_picture, read_bin, read_bytes, read_png, unpack_rgb
 from frames.transforms import Camera
-from utils import UserError
+from utils import UserError, say
 
 # In a folder these are taken for frames too, and refused with a reason, rather than passed over.
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".webp")
 
 # A nearer hand fills any picture, a farther one is too small to read; no room's middle is so far away.
-NEAREST_MM, FARTHEST_MM, ROOM_MM = 100.0, 2000.0, 30000.0
+NEAREST_MM, FARTHEST_MM, ROOM_MM = 150.0, 2000.0, 30000.0
 
 # What depth files are stored in, mm: millimetres, metres, RealSense's short-range cameras, tenths.
 UNITS_MM = (1.0, 1000.0, 0.125, 0.1)
@@ -142,8 +142,10 @@ def _flat(options):
             whole = [value.get("x_offset"), value.get("y_offset")] if isinstance(value, dict) else [value]
             if any(number not in (None, 0, 1) for number in whole):
                 raise ValueError(f"{word} {value}: give the camera of the cut or binned picture itself")
-        elif found.setdefault(meaning, value) != value and meaning:
+        elif meaning in found and found[meaning] != value:
             raise ValueError(f"{word!r} says again, and otherwise, what stands there already")
+        elif meaning:
+            found[meaning] = value
     return found
 
 
@@ -215,7 +217,7 @@ def list_frames(path):
     others = Counter(file.suffix or "no suffix" for file in set(files) - set(frames))
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-        print(f"{path}: files that are no frames are passed over: {kinds}", file=sys.stderr)
+        say(f"{path}: files that are no frames are passed over: {kinds}", sys.stderr)
     return sorted(frames, key=_natural_order)
 
 

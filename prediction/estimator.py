@@ -11,13 +11,12 @@ from datasets import DATASETS
 from engine.batches import to_device
 from engine.checkpoints import load_network, resolve_device
 from engine.inference import prepare
-from frames.cameras import FARTHEST_MM, DepthCamera, check_depth, doubts_about, parse_camera
+from frames.cameras import FARTHEST_MM, NEAREST_MM, DepthCamera, check_depth, doubts_about, parse_camera
 from frames.handfinder import find_center
 from frames.samples import UnlabelledSample, prepare_crop
 from frames.transforms import (
     Camera,
     Frame,
-    box_size_px,
     recover_uvd,
     uvd2xyz,
     window_around,
@@ -170,11 +169,10 @@ class HandPoseEstimator:
 
         Raises ValueError where no hand can be there or nothing was measured around it.
         """
-        box_size_px(center_uvd[2], self.cube_mm, camera)
-        if center_uvd[2] > FARTHEST_MM:
-            raise ValueError(
-                f"the centre is {center_uvd[2]:.0f} mm away, a hand at most {FARTHEST_MM:.0f} mm"
-            )
+        if not NEAREST_MM <= center_uvd[2] <= FARTHEST_MM:
+            what = "too near" if center_uvd[2] < NEAREST_MM else "too far"
+            expected = f"a hand is {NEAREST_MM:g} to {FARTHEST_MM:g} mm away"
+            raise ValueError(f"centre depth {center_uvd[2]:g} mm is {what}: {expected}")
         window, margin_mm = None, self.dataset.margin_mm
         if margin_mm is not None:
             window = window_around(center_uvd, self.cube_mm - margin_mm, camera)

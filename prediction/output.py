@@ -1,6 +1,8 @@
 """Writing what predict.py found, frame by frame: JSON lines, CSV, overlays, a film, views from two sides."""
 
 import csv
+import errno
+import io
 import json
 import os
 import re
@@ -56,14 +58,16 @@ class PredictionWriter:
             raise UserError(f"{inside} lies where --out {self.out} puts pictures: choose another folder")
         with self._explained(), ExitStack() as stack:
             self.out.mkdir(parents=True, exist_ok=True)
-            for name in listed_pictures(self.out):
+            earlier = files_of_earlier_run(self.out)
+            for name in {*self.names, self.film_name or self.names[0]} - set(earlier):
+                if (self.out / name).exists():
+                    raise UserError(f"{self.out / name} is no earlier run's: give another folder as --out")
+            for name in earlier:
                 (self.out / name).unlink(missing_ok=True)
-            # What a file's name holds beside UTF-8 is written as it is.
-            options = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+            # Unbuffered, so that a full disk is noticed at the line that it cuts.
             self._json, self._csv = (
-                stack.enter_context((self.out / name).open(**options)) for name in self.names
+                stack.enter_context((self.out / name).open("wb", buffering=0)) for name in self.names
             )
-            self._table = csv.writer(self._csv)
             columns = "frame joint x_mm y_mm z_mm u_px v_px d_mm confidence reason".split()
             self._append(self._head(), [columns])
             self._stack = stack.pop_all()
@@ -85,7 +89,7 @@ class PredictionWriter:
         return {
             "format": FORMAT,
             "version": VERSION,
-            "model": str(estimator.model),
+            "model": readable(estimator.model),
             "joints": estimator.dataset.name,
             "hand": estimator.hand,
             "cube_mm": estimator.cube_mm,
@@ -96,11 +100,18 @@ class PredictionWriter:
         }
 
     def _append(self, record, rows):
-        """Write a line of JSON and rows of the table through to their files."""
-        self._json.write(json.dumps(record, allow_nan=False) + "\n")
-        self._table.writerows(rows)
-        self._json.flush()
-        self._csv.flush()
+        """Add a line of JSON and rows of the table to their files, all of it or nothing."""
+        table = io.StringIO()
+        csv.writer(table).writerows(rows)
+        line = json.dumps(record, allow_nan=False) + "\n"
+        for file, text in ((self._json, line), (self._csv, table.getvalue())):
+            size, data = file.tell(), text.encode()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
 
     def write(self, path, depth_mm, pose):
         """Add a frame: its file, its depth [H, W] mm (None where it could not be read) and HandPose."""
@@ -110,11 +121,11 @@ class PredictionWriter:
             pictures["overlay"] = draw_overlay(depth_mm, pose, self.chains)
             if self.plot3d and pose.reason is None:
                 pictures["views"] = draw_views(depth_mm, pose, camera, cube_mm, self.chains)
-        name = picture_name(self.count, path)
+        name, path = picture_name(self.count, path), readable(path)
         files = {f"{folder}/{name}": picture for folder, picture in pictures.items()}
         with self._explained():
             # Listed first, so that the next run knows them even where this one is killed.
-            self._append({"frame": str(path), **_record(pose), "pictures": list(files)}, _rows(path, pose))
+            self._append({"frame": path, **_record(pose), "pictures": list(files)}, _rows(path, pose))
             for file, picture in files.items():
                 write_picture(self.out / file, picture)
                 self._announce(file.removesuffix(name))
@@ -141,19 +152,25 @@ def picture_name(number, path):
     return f"{number:06d}_{stem}.png"
 
 
-def listed_pictures(out):
-    """Return the pictures, as names below the folder `out`, that an earlier run's predictions.jsonl lists."""
+def readable(path):
+    """Return a path as text that every reader takes, where a name is not UTF-8 with its bytes as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def files_of_earlier_run(out):
+    """Return the files, as names below the folder `out`, that an earlier run's predictions.jsonl lists."""
+    own = ["predictions.jsonl", "predictions.csv"]
     try:
-        head, *frames = (out / "predictions.jsonl").read_bytes().splitlines()
-        if json.loads(head)["format"] != FORMAT:
+        head, *frames = (out / own[0]).read_bytes().splitlines() or [b"{}"]
+        if head != b"{}" and json.loads(head)["format"] != FORMAT:
             return []
-        names = [json.loads(head)["film"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = [json.loads(head).get("film")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []  # there is none, or it is not a run's
     for line in frames:
-        with suppress(ValueError, KeyError, TypeError):  # a killed run's last line
+        with suppress(ValueError, KeyError, TypeError):
             names += json.loads(line)["pictures"]
-    return [name for name in names if isinstance(name, str) and OWN_PICTURE.fullmatch(name)]
+    return own + [name for name in names if isinstance(name, str) and OWN_PICTURE.fullmatch(name)]
 
 
 def finger_chains(dataset):

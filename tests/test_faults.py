@@ -2,8 +2,11 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +29,8 @@ from training import (
 import utils
 from datasets import DATASETS
 from engine import loops as engine
+from engine import state as runstate
+from engine import training as training_run
 from engine.batches import EpochSampler, batches_of, make_loader
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.loops import BadNumbers, Progress, train_one_epoch, train_step
@@ -418,17 +423,62 @@ def test_tensorboard_without_space_does_not_end_the_run(data, monkeypatch, capfd
     assert capfd.readouterr().out.count("WARNING: no log for TensorBoard: [Errno 28] No space left") == 1
 
 
+@pytest.fixture
+def small_disk(data):
+    """Return a function that makes Model/ a file system of so many kB; skip where none can be mounted."""
+
+    def resize(size_kb):
+        option = f"{'remount,' if os.path.ismount('Model') else ''}size={size_kb}k"
+        command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", "Model"]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+
+    Path("Model").mkdir()
+    yield resize
+    subprocess.run(["umount", "-l", "Model"], capture_output=True)
+
+
+def test_disk_that_stays_full_to_the_end_costs_no_weights(small_disk, tmp_path, monkeypatch):
+    small_disk(40)
+    monkeypatch.setattr(training_run, "RETRY_S", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spare"))
+    with pytest.raises(UserError, match="the disk is full: move .*_final.pt.* to Model/$"):
+        train_tiny()
+    small_disk(100_000)
+    names = sorted(path.name for path in (tmp_path / "spare").iterdir())
+    assert names == [f"{RUN}_{which}.pt" for which in ("1", "2", "final", "last")]
+    for name in names:
+        shutil.move(tmp_path / "spare" / name, "Model")
+    train_tiny("--resume", "--epoch", 3)
+    assert len(records()) == 3
+
+
+def test_space_that_comes_after_the_end_is_used(small_disk, monkeypatch, capfd):
+    small_disk(40)
+    monkeypatch.setattr(runstate.time, "sleep", lambda _: small_disk(100_000))
+    train_tiny()
+    assert "what is not saved yet is tried again" in capfd.readouterr().out
+    assert {path.name for path in Path("Model").glob("*.pt")} == {
+        f"{RUN}_{which}.pt" for which in ("1", "2", "final", "last")
+    }
+
+
 @pytest.mark.slow
-def test_file_size_limit_leaves_the_last_good_state(data):
-    """The kernel refuses the writing itself, so that files are cut short."""
+def test_nothing_is_claimed_that_is_not_so_where_no_folder_takes_files(data):
+    """The kernel refuses files of this size wherever they are, so that they are cut short."""
     train_tiny("--epoch", 1)
     good = {path: path.read_bytes() for path in Path("Model").glob("*.pt")}
-    process = tiny_process(Path.cwd(), "--epoch", 3, "--resume", "--save_minutes", 0, limit_bytes=50_000)
+    process = tiny_process(Path.cwd(), "--epoch", 100, "--resume", limit_bytes=50_000)
+    while "epoch   3" not in (out := Path("output.txt").read_text() if Path("output.txt").exists() else ""):
+        assert process.is_alive(), out
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
     process.join()
     out = Path("output.txt").read_text()
-    assert process.exitcode == 1 and out.splitlines()[-1].startswith("error: cannot write Model")
-    assert "epoch   3" in out and "TensorBoard's log ends here" in out
-    assert out.count("WARNING: cannot write") > 6 and "File too large" in out
+    last = out.splitlines()[-1]
+    assert process.exitcode == 143 and "stopped by SIGTERM" in last and "--resume" not in last
+    assert f"NOT SAVED: Model/{RUN}_2.pt, Model/{RUN}_3.pt" in last and str(LAST) in last
+    assert "TensorBoard's log ends here" in out and "File too large" in out
     assert {path: path.read_bytes() for path in Path("Model").glob("*.pt")} == good
     train_tiny("--epoch", 3, "--resume")
     assert len(records()) == 3

@@ -28,6 +28,7 @@ from utils import UserError
 CAMERA = Camera(475.0, 475.0, 319.5, 239.5)
 CAMERA_TEXT = "475,475,319.5,239.5"
 CENTER = (320.0, 240.0, 505.0)
+
 ESTIMATOR = "prediction.estimator"
 
 
@@ -478,14 +479,9 @@ def test_chains_go_from_thumb_to_little_finger():
         assert [chain[-1] for chain in finger_chains(DATASETS[name])[:5]] == tips
 
 
-def test_cameras_come_from_presets_numbers_and_files(tmp_path):
-    path = tmp_path / "camera.yml"
-    path.write_text("fx: 600\nfy: 601\nu0: 320\nv0: 240\ndepth_unit_mm: 0.25\nwidth: 640\nheight: 480\n")
-    assert parse_camera(path) == DepthCamera(Camera(600, 601, 320, 240), 0.25, (640, 480))
+def test_cameras_come_from_presets_and_numbers():
     assert parse_camera("kinectv2") is PRESETS["KinectV2"]
-    path.write_text("fx: 600\n")
-    with pytest.raises(UserError, match="'fy' is missing"):
-        parse_camera(path)
+    assert parse_camera(CAMERA_TEXT) == DepthCamera(CAMERA)
 
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path):
@@ -522,3 +518,37 @@ def test_second_crop_goes_around_the_surface_near_the_first_prediction():
     crop = prepare_crop(Frame(depth_mm), np.array([160, 115, 400]), 125, camera)
     middle = middle_of_hand(crop, np.array([[0.07, 0.03, 0.08]]))
     np.testing.assert_allclose(middle, (169.5, 119.5, 410), atol=2)
+
+
+@pytest.mark.parametrize("margin_px", [0, 40, 80])
+def test_a_box_with_a_margin_gives_the_place_that_the_box_alone_gives(margin_px, estimator):
+    """A wall behind the hand comes into the box with its margin."""
+    depth_mm, columns = hand_frame(), np.nonzero(hand_frame()[:330])[1]
+    depth_mm[depth_mm == 0] = 900
+    left, width = columns.min(), np.ptp(columns)
+    box = (left - margin_px, 130 - margin_px, width + 2 * margin_px, 190 + 2 * margin_px)
+    center_uvd = estimator(depth_mm, bbox=box).center_uvd
+    np.testing.assert_allclose(center_uvd, (316, 235, 500), atol=14)
+
+
+def test_a_box_that_can_only_be_two_corners_is_named(estimator):
+    depth_mm = hand_frame()
+    for corners in ((250, 130, 400, 430), (300, 130, 500, 320)):
+        left, top, right, bottom = corners
+        with pytest.raises(
+            ValueError, match=f"for two corners give {left},{top},{right - left},{bottom - top}"
+        ):
+            estimator(depth_mm, bbox=corners)
+    for box in ((200, 100, 240, 300), (-40, -40, 720, 560), (500, 300, 160, 200)):
+        estimator(depth_mm, bbox=box)
+    with pytest.raises(ValueError, match="above 0"):
+        estimator(depth_mm, bbox=(200, 100, -240, 300))
+
+
+def test_an_answer_that_is_not_finite_is_none(model, monkeypatch):
+    estimator = HandPoseEstimator(model, CAMERA, device="cpu")
+    nothing = torch.full((1, 21, 3), torch.nan)
+    output = StageOutput(torch.ones(1, 21, 32, 32), torch.ones(1, 21, 32, 32), nothing)
+    monkeypatch.setattr(estimator, "_forward", lambda *_: output)
+    pose = estimator(hand_frame(), center_uvd=CENTER)
+    assert pose.joints_xyz is None and "not finite" in pose.reason

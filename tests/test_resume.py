@@ -19,6 +19,7 @@ from training import (
     RUN,
     TINY,
     assert_same_run,
+    assert_same_values,
     records,
     repeat_lines,
     tiny_process,
@@ -223,6 +224,29 @@ def test_an_epoch_whose_validation_was_no_number_is_not_the_best(place):
     state["records"][0]["val_mm"] = float("nan")
     torch.save(state, LAST)
     assert train_tiny("--resume")[0] == 2
+
+
+def test_final_is_no_other_runs_epoch(place, capfd):
+    train_tiny("--seed", 6)
+    other = Path(f"Model/{RUN}_2.pt").read_bytes()
+    best, *_ = train_tiny()
+    Path(f"Model/{RUN}_{best}.pt").write_bytes(other)
+    train_tiny("--resume")
+    assert f"Model/{RUN}_{best}.pt is not this run's best epoch any more" in capfd.readouterr().out
+    final, last = (load_checkpoint(Path(f"Model/{RUN}_{which}.pt")) for which in ("final", "last"))
+    assert_same_values(final["state_dict"], last["state_dict"])
+
+
+def test_two_runs_of_one_name_are_refused(place):
+    """The lock goes with the process that holds it, however that ends."""
+    process = tiny_process(place, "--epoch", 1000)
+    wait_for_saves(process, 1)
+    with pytest.raises(UserError, match=f"{RUN} is being trained already: wait, or give another --suffix"):
+        train_tiny()
+    train_tiny("--epoch", 1, "--suffix", "other")
+    process.kill()
+    process.join()
+    train_tiny("--epoch", 1)
 
 
 @pytest.mark.parametrize("option, value", [("lr", 0.01), ("batch_size", 2), ("features", 48), ("seed", 6)])

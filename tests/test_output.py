@@ -1,0 +1,154 @@
+"""What predict.py writes stays, whatever ends the run, and what others wrote stays as well."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import REPO, hidden_files
+from test_predict import CAMERA_TEXT, hand_frame, read_results, save_network, write_png
+
+from frames.cameras import DepthCamera, parse_camera
+from frames.transforms import Camera
+
+OPTIONS = ["--camera", CAMERA_TEXT, "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_network(tmp_path_factory.mktemp("model") / "small.pt", dataset="HAND17")
+
+
+def test_odd_file_names_lose_nothing(workplace, model, script):
+    names = ["a_1.png", os.fsdecode(b"h\xe4nde_2.png"), "手" * 80 + "_3.png", "cm1²3.png", "new\nline_4.png"]
+    for name in names:
+        write_png(Path("recording/x.png"), hand_frame()).rename(Path("recording", name))
+    Path("recording/._a_1.png").write_bytes(b"\0\5\26\7Mac OS X")
+    done = script("predict.py", "recording", *OPTIONS, "--model", model)
+    assert done.status == 0, done.err
+    frames = read_results()[1]
+    assert len(frames) == 5 and "recording/h\\xe4nde_2.png" in [frame["frame"] for frame in frames]
+    assert all(Path("Result/predict", *frame["pictures"]).exists() for frame in frames)
+    assert len(list(csv.DictReader(Path("Result/predict/predictions.csv").open(newline="")))) == 5 * 21
+
+
+def start_predicting(folder, out, model, count=400, **pipes):
+    """Start predict.py on a long sequence; return the process once some frames are written."""
+    write_png(folder / "0.png", hand_frame())
+    for number in range(1, count):
+        (folder / f"{number}.png").hardlink_to(folder / "0.png")
+    command = [sys.executable, REPO / "predict.py", folder, *OPTIONS, "--model", model, "--out", out]
+    process = subprocess.Popen(list(map(str, command)), text=True, **pipes)
+    results = out / "predictions.jsonl"
+    while not results.exists() or results.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_what_was_written_stays_however_the_run_ends(number, tmp_path, model):
+    process = start_predicting(tmp_path / "in", tmp_path / "out", model, stderr=subprocess.PIPE)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode and "Traceback" not in error
+    frames = read_results(tmp_path / "out")[1]
+    assert 3 <= len(frames) < 400 and all(frame["joints"] for frame in frames)
+    assert hidden_files(tmp_path / "out") == [] or number == signal.SIGKILL
+    if number != signal.SIGKILL:
+        assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).read()[0]
+
+
+def test_a_closed_pipe_ends_nothing(tmp_path, model):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "a.npy").parent.mkdir()
+    (folder / "a.npy").write_bytes(b"damaged")  # a warning on a closed stream, with the frames still to come
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start_predicting(folder, out, model, count=8, **pipes)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 3
+    assert len(read_results(out)[1]) == 9
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, model):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for number in range(8):
+        write_png(folder / f"{number}.png", hand_frame())
+    command = [sys.executable, REPO / "predict.py", folder, *OPTIONS, "--model", model, "--no-pictures"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
+    done = subprocess.run(
+        [*map(str, command), "--out", out], preexec_fn=limit, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1 and done.stderr.startswith(f"error: cannot write {out}: ")
+    assert (out / "predictions.jsonl").read_bytes().endswith(b"}\n")
+    assert 2 <= len(read_results(out)[1]) < 8
+    assert (out / "predictions.csv").read_bytes().endswith(b"\r\n")
+
+
+def test_files_that_no_earlier_run_wrote_stay(workplace, model, script):
+    write_png(Path("recording/1.png"), hand_frame())
+    options = [*OPTIONS, "--model", model, "--out", "out"]
+    mine = [Path("out/overlay/000000_mine.png"), Path("out/views/000001_x.png"), Path("out/film.gif")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    for _ in range(2):
+        assert script("predict.py", "recording", *options).status == 0
+    assert [path.read_bytes() for path in mine] == [b"mine"] * 3
+    Path("out/predictions.jsonl").write_text('{"frames": 3}\n')
+    done = script("predict.py", "recording", *options)
+    assert done.status == 1 and "is no earlier run's: give another folder as --out" in done.err
+    write_png(Path("other/overlay/1.png"), hand_frame())
+    done = script("predict.py", "other/overlay", *OPTIONS, "--model", model, "--out", "other")
+    assert done.status == 1 and "choose another folder" in done.err
+
+
+def test_a_forged_list_removes_nothing_else(workplace, model, script):
+    write_png(Path("1.png"), hand_frame())
+    kept = [Path("keep.txt"), Path("out/sub/keep.png")]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    names = ["../keep.txt", "sub/keep.png", str(Path("keep.txt").resolve()), "overlay/../sub/keep.png", 3]
+    lines = [{"format": "hand pose", "film": "../keep.txt"}, {"pictures": names}, {"pictures": 5}, 7]
+    Path("out/predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    assert script("predict.py", "1.png", *OPTIONS, "--model", model, "--out", "out").status == 0
+    assert all(path.exists() for path in kept)
+
+
+def test_a_camera_files_unit_and_doubts_reach_the_script(workplace, model, script):
+    write_png(Path("frame.png"), (hand_frame() * 8).astype(np.uint16))
+    Path("camera.json").write_text(
+        '{"fx": 475, "fy": 475, "ppx": 100, "ppy": 239.5, "depth_scale": 0.000125}'
+    )
+    done = script("predict.py", "frame.png", "--camera", "camera.json", "--model", model, "--device", "cpu")
+    assert done.status == 0 and read_results()[0]["depth_unit_mm"] == 0.125
+    assert done.err.count("far from the middle") == 1
+    results = Path("head.jsonl")
+    results.write_text(Path("Result/predict/predictions.jsonl").read_text())
+    assert parse_camera(results) == DepthCamera(Camera(475, 475, 100, 239.5), 0.125)
+
+
+def test_without_pictures_the_results_are_the_same(workplace, model, script):
+    for number in (1, 2):
+        write_png(Path(f"recording/{number}.png"), hand_frame(column=300 + number))
+    for option in ("--pictures", "--no-pictures"):
+        assert (
+            script("predict.py", "recording", *OPTIONS, "--model", model, option, "--out", option[2:]).status
+            == 0
+        )
+    with_pictures, without = read_results("pictures")[1], read_results("no-pictures")[1]
+    assert [frame["joints"] for frame in with_pictures] == [frame["joints"] for frame in without]
+    assert sorted(path.name for path in Path("no-pictures").iterdir()) == [
+        "predictions.csv",
+        "predictions.jsonl",
+    ]
