@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from datasets import DATASETS, MSRADataset
 from frames.cache import lines_of, make_record, open_cache, settings_of, write_cache
-from frames.centers import computed_name
+from frames.centers import computed_name, known_centers
 from frames.files import FrameError, LineFile
 from frames.handfinder import find_center
 from utils import UserError, atomic_path, run, start_worker, usable_cores
@@ -235,7 +235,7 @@ def unlabelled_frames(name, root, parts):
             with suppress(FrameError):
                 used.add(dataset.center_line(line) if dataset.centers else None)
         for centers in dataset.centers[:1]:
-            unused = len(centers) - len(used.intersection(range(len(centers))))
+            unused = len(known_centers(centers, set(range(len(centers))) - used))
             if unused:
                 print(f"WARNING: {unused} of {len(centers)} lines of {centers.path} are of no labelled frame")
     found = chain.from_iterable(root.glob(pattern) for pattern in FRAME_FILES[name])

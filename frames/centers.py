@@ -58,15 +58,21 @@ def parse_center(text, path):
     return center_uvd
 
 
+def known_centers(lines, numbers):
+    """Return the centres [N, 3] of those lines `numbers` that hold one."""
+    centers = []
+    for number in numbers:
+        with suppress(FrameError):
+            centers.append(parse_center(lines[number], lines.path))
+    return np.array(centers).reshape(-1, 3)
+
+
 def looks_like_xyz(lines, camera, picture_px):
     """Return whether centres make sense as mm in the camera's frame, and many of them not as px."""
-    numbers = []
-    for index in np.linspace(0, len(lines) - 1, min(len(lines), 200), dtype=int):
-        with suppress(FrameError):
-            numbers.append(parse_center(lines[index], lines.path))
-    if not numbers:
+    spread = np.linspace(0, len(lines) - 1, min(len(lines), 200), dtype=int)
+    centers = known_centers(lines, spread.tolist())
+    if not len(centers):
         return False
-    centers = np.stack(numbers)
     mirrored = centers * (1, -1, 1)  # with y upwards
 
     def in_picture(uvd):

@@ -1,5 +1,7 @@
 """Damaged or missing files end in one clear line or a counted refusal, never a traceback or half a file."""
 
+import errno
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -13,7 +15,7 @@ from conftest import GOLDEN, ON_CPU, SMALL_NETWORK, hidden_files, refusal
 
 from datasets import DATASETS
 from engine.checkpoints import load_checkpoint
-from frames.files import FrameError, frame_number
+from frames.files import PNG_END, PNG_START, FrameError, frame_number, read_png
 from utils import UserError, atomic_path
 
 CHECKPOINT = GOLDEN / "expected" / "instance_softmax.pt"  # of 14 joints, as NYU has
@@ -583,6 +585,38 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
         temporary.write_text("half")
         raise RuntimeError("interrupted")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("refused", ["chmod", "fsync"])
+def test_what_a_file_system_refuses_besides_writing_is_no_error(refused, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, refused, refuse)
+    with atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == "whole" and not hidden_files(tmp_path)
+
+
+def test_a_disk_that_is_full_at_the_last_moment_is_an_error(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match="No space left"):
+        with atomic_path(tmp_path / "a.txt") as temporary:
+            temporary.write_text("whole")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_absurd_size_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "giant.png"
+    path.write_bytes(PNG_START + struct.pack(">IIBBBBB", 50_000, 50_000, 16, 0, 0, 0, 0) + PNG_END)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(FrameError, match="50000x50000 px are more than any depth camera has"):
+        read_png(path)
+    with pytest.raises(FrameError, match="expected 640x480 px, found 50000x50000"):
+        read_png(path, (640, 480))
 
 
 def test_folder_that_cannot_be_written_is_named(tmp_path):

@@ -139,6 +139,88 @@ def test_unusable_frames_are_refused_counted_and_named(fresh, script):
     assert "      3  fewer than 10 hand pixels in the crop" in done.out
 
 
+# What is not read, and files in another form
+
+
+def test_frames_and_centres_without_a_label_are_counted_and_named(fresh, script):
+    root = fresh("HAND17")
+    images = root / "training/images"
+    shutil.copy(images / "image_D00000001.png", images / "image_D00000099.png")
+    (root / "hands17_center_train.txt").open("a").write("300 200 600\n300 200 601\ninvalid\n")
+    done = script("check_dataset.py", "--dataset", "HAND17")
+    assert done.status == 0 and "train: 3 of 3 frames accepted" in done.out
+    assert f"WARNING: 1 frames have no label and are not used: {images / 'image_D00000099.png'}" in done.out
+    assert f"2 of 6 lines of {root / 'hands17_center_train.txt'} are of no labelled frame" in done.out
+    assert rejected_by_frame(root) == {"image_D00000099.png": "no label names this frame"}
+
+
+def test_missing_gestures_are_named(fresh, script):
+    fresh("MSRA")
+    out = script("check_dataset.py", "--dataset", "MSRA").out
+    assert "WARNING: 144 of 153 gestures are missing: P0/2 P0/3 " in out
+
+
+def test_rotated_copies_are_counted(fresh, script):
+    fresh("ICVL")
+    out = script("check_dataset.py", "--dataset", "ICVL").out
+    assert "label lines are rotated copies" in out
+
+
+def test_an_archive_extracted_in_part_is_questioned(fresh, script):
+    root = fresh("ICVL")
+    next((root / "Training/Depth").rglob("image_0001.png")).unlink()
+    assert "was ICVL extracted to its end?" in script("check_dataset.py", "--dataset", "ICVL").out
+
+
+def test_a_nested_folder_is_pointed_out(fresh, script):
+    root = fresh("NYU")
+    shutil.move(root, "inner")
+    root.mkdir()
+    shutil.move("inner", root / "dataset")
+    done = script("check_dataset.py")
+    assert done.status == 1 and "give --data_dir Data/NYU/dataset" in done.err
+
+
+def test_matlabs_newer_format_is_told_as_such(fresh, script):
+    root = fresh("NYU")
+    head = b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM"
+    (root / "train/joint_data.mat").write_bytes(head.ljust(512) + b"\x89HDF\r\n\x1a\n" + bytes(100))
+    done = script("check_dataset.py")
+    assert done.status == 1 and "MATLAB's format 7.3" in done.err and "damaged" not in done.err
+
+
+@pytest.mark.parametrize("up", [1, -1])
+@pytest.mark.parametrize("name", ["NYU", "HAND17"])
+def test_centres_in_the_camera_frame_are_told_as_such(name, up, fresh, script):
+    """With y downwards, or upwards as some programs have it."""
+    root = fresh(name)
+    for path in root.glob("*_center_t*.txt"):
+        xyz = DATASETS[name](path=root, lines=[]).uvd2xyz(np.loadtxt(path, ndmin=2)) * (1, up, 1)
+        np.savetxt(path, xyz, fmt="%.3f")
+    done = script("check_dataset.py", "--dataset", name)
+    assert done.status == 1 and "holds xyz in mm" in done.err and not (root / "train.txt").exists()
+
+
+def test_text_files_with_byte_order_marks_give_the_same_index(fresh, script):
+    for name in NAMES:
+        root = fresh(name)
+        script("check_dataset.py", "--dataset", name)
+        before = indexes_of(root)
+        for path in [*root.rglob("*label*.txt"), *root.rglob("joint.txt"), *root.rglob("*[xn].txt")]:
+            path.write_text(path.read_text(), encoding="utf-16" if "center" in path.name else "utf-8-sig")
+        script("check_dataset.py", "--dataset", name, "--force")
+        assert {file: text.lstrip("\ufeff") for file, text in indexes_of(root).items()} == before
+
+
+def test_a_folder_whose_name_is_no_text(fresh, script):
+    root = Path(os.fsdecode(b"h\xe4nde"))
+    fresh("NYU").rename(root)
+    done = script("check_dataset.py", "--data_dir", root)
+    assert done.status == 0 and "train.txt: 3 frames" in done.out
+    assert (root / "train.txt").read_bytes().startswith(b"h\xe4nde/train/depth_1_0000001.png ")
+    assert refusal(DATASETS["NYU"](path=root), 0) is None
+
+
 # Running again
 
 

@@ -1,5 +1,6 @@
 """The four data sets' loaders, against what the released programs gave for the golden frames."""
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -378,6 +379,32 @@ def test_index_of_the_released_programs_is_read_as_it_is(name, fresh, workplace)
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_backslashes_in_an_index_are_slashes(name, indexed):
+    frames = frames_of(indexed(name), "val")
+    lines = [line.replace("/", "\\") for line in frames.lines]
+    assert same(frames_of(indexed(name), "val", lines=lines)[0], frames[0])
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [
+        ("NYU", "../secret.png"),
+        ("NYU", "..\\secret.png"),
+        ("ICVL", "Training/Depth/../secret.png"),
+        ("HAND17", "../../secret.png"),
+        ("HAND17", "/secret.png"),
+        ("MSRA", "../../secret.bin"),
+    ],
+)
+def test_a_line_names_no_file_outside_the_folder(name, path, workplace):
+    frames = DATASETS[name](path="Data", lines=[f"{path} 1 2 3"])
+    try:
+        assert frames.frame_path(0).resolve().is_relative_to(Path("Data").resolve())
+    except FrameError as error:
+        assert "leads out of the data set's folder" in str(error)
+
+
 def test_missing_index_says_what_to_run(workplace):
     with pytest.raises(
         UserError, match="Data/NYU/train.txt not found: run .*check_dataset.py --dataset NYU`"
@@ -448,6 +475,28 @@ def test_blank_lines_are_skipped_on_request(tmp_path, data):
 def test_file_without_lines_is_refused(tmp_path, data):
     with pytest.raises(UserError, match="lines.txt .*(is empty|only blank lines)"):
         lines_of(tmp_path, data, skip_blank=True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("skip_blank", [False, True])
+def test_byte_order_marks_are_no_part_of_a_line(tmp_path, encoding, skip_blank):
+    text = ("\ufeff" if encoding == "utf-16-be" else "") + "手 1\r\nbb\n\nlast"
+    wanted = ["手 1", "bb", "last"] if skip_blank else ["手 1", "bb", "", "last"]
+    assert lines_of(tmp_path, text.encode(encoding), skip_blank=skip_blank) == wanted
+
+
+def test_bytes_that_are_no_text_keep_their_meaning(tmp_path):
+    (line,) = lines_of(tmp_path, b"h\xe4nde/a.png 1")
+    assert os.fsencode(line) == b"h\xe4nde/a.png 1"
+
+
+def test_files_are_read_without_pread(fresh_indexed, monkeypatch):
+    """As on Windows."""
+    root = fresh_indexed("NYU")
+    build_cache("NYU", root)
+    wanted = frames_of(root).sample(1)
+    monkeypatch.delattr(os, "pread")
+    assert frames_of(root).cache is not None and same(frames_of(root).sample(1), wanted)
 
 
 def test_absent_line_file_is_refused(tmp_path):
