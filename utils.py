@@ -47,7 +47,13 @@ def run(main):
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        return main() or 0
+        status = main() or 0
+        if sys.stdout:
+            sys.stdout.flush()  # that nobody reads it is noticed here, not after the end
+        return status
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return 128 + 13  # what the shell says of SIGPIPE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -64,11 +70,18 @@ def run(main):
 def say(text, stream=None):
     """Print a line, by default to standard output; where nobody reads it any more, go on in silence."""
     stream = stream or sys.stdout
+    if stream is None:
+        return
     try:
         text = text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8")
         print(text, file=stream, flush=True)
     except BrokenPipeError:  # `... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the flush at exit fails again
+        discard(stream)
+
+
+def discard(stream):
+    """Send what is still written to a stream whose reader has left nowhere, also at the flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def start_worker(_=None):

@@ -152,3 +152,15 @@ def test_without_pictures_the_results_are_the_same(workplace, model, script):
         "predictions.csv",
         "predictions.jsonl",
     ]
+
+
+def test_a_script_whose_output_nobody_reads_ends_as_sigpipe_would_end_it():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import utils; sys.exit(utils.run(lambda: print('x')))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(REPO)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert process.stderr.read() == b""
