@@ -41,7 +41,7 @@ def run(main):
 
     SIGTERM ends it by way of every `finally`, as Ctrl-C does.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     # What OpenCV has to say of a damaged picture is said in an error.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

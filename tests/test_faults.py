@@ -445,7 +445,7 @@ def test_disk_that_stays_full_to_the_end_costs_no_weights(small_disk, tmp_path, 
     with pytest.raises(UserError, match="the disk is full: move .*_final.pt.* to Model/$"):
         train_tiny()
     small_disk(100_000)
-    names = sorted(path.name for path in (tmp_path / "spare").iterdir())
+    names = sorted(path.name for path in (tmp_path / "spare").glob("*.pt"))
     assert names == [f"{RUN}_{which}.pt" for which in ("1", "2", "final", "last")]
     for name in names:
         shutil.move(tmp_path / "spare" / name, "Model")
