@@ -70,10 +70,7 @@ def run(main):
 def say(text, stream=None):
     """Print a line, by default to standard output; where nobody reads it any more, go on in silence."""
     stream = stream or sys.stdout
-    if stream is None:
-        return
     try:
-        text = text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8")
         print(text, file=stream, flush=True)
     except BrokenPipeError:  # `... | head -1`
         discard(stream)
