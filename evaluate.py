@@ -113,9 +113,10 @@ def read_labels(args):
         return labels, names, str(args.labels)
     import datasets  # pulls in torch, which files of labels do without
 
-    options = {} if args.subject is None else {"subject": args.subject}
-    labels = datasets.test_labels_uvd(args.dataset, args.data_dir, **options)
-    return labels, None, f"the test index of {args.dataset}"
+    where = args.dataset, args.data_dir, args.subject
+    parts = datasets.test_parts(*where)
+    names = [str(part.frame_path(index)) for part in parts for index in range(len(part))]
+    return datasets.test_labels_uvd(*where), names, f"the test index of {args.dataset}"
 
 
 def read_predictions(path, protocol, labels, names, source):

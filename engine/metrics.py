@@ -49,6 +49,8 @@ class Protocol(NamedTuple):
         seen = joints[at_depth] if self.is_uvd else xyz2uvd(joints[at_depth], self.camera)
         size_px = np.array(self.size_px)
         inside = (np.abs(seen[:, :2] - size_px / 2) < 0.6 * size_px).all(axis=-1)
+        if not self.is_uvd and len(joints) > 2 and joints.min() >= 0:
+            inside[:] = False  # all right of and below the camera's axis, as uvd are and hands are not
         if inside.sum() < 0.95 * at_depth.size:
             form = "uvd (px, px, mm)" if self.is_uvd else "xyz (mm, camera frame)"
             raise UserError(

@@ -210,6 +210,13 @@ def test_hand17_joints_relative_to_the_palm_are_refused(tmp_path):
         evaluate.main(["--dataset", "HAND17", "--labels", str(labels), str(joints)])
 
 
+def test_hand17_joints_in_uvd_are_refused(tmp_path):
+    uvd = xyz2uvd(nyu_labels()[:, :1] + np.zeros((21, 3)), PROTOCOLS["HAND17"].camera)
+    path = str(write_joints(tmp_path / "uvd.txt", uvd))
+    with pytest.raises(UserError, match="uvd.txt: .* cannot be xyz"):
+        evaluate.main(["--dataset", "HAND17", "--labels", path, path])
+
+
 def test_a_joint_outside_the_picture_may_be_predicted(tmp_path, labels_path, capsys):
     joints = icvl_uvd()
     joints[0, 3, 0] = 500
@@ -290,20 +297,28 @@ def test_byte_order_marks_are_no_part_of_a_number(encoding, tmp_path):
     np.testing.assert_array_equal(evaluate.read_joints(path, joints=1).ravel(), [1, 2, 3, 4, 5, 6])
 
 
-@pytest.mark.parametrize(("options", "passed_on"), [([], {}), (["--subject", "3"], {"subject": 3})])
-def test_without_a_file_labels_come_from_the_test_index(tmp_path, monkeypatch, capsys, options, passed_on):
+@pytest.mark.parametrize(("options", "subject"), [([], None), (["--subject", "3"], 3)])
+def test_without_a_file_labels_come_from_the_test_index(tmp_path, monkeypatch, capsys, options, subject):
     labels = np.full((2, 21, 3), 200.0)
     calls = []
 
-    def test_labels_uvd(name, data_dir, **others):
-        calls.append((name, data_dir, others))
+    def test_labels_uvd(*where):
+        calls.append(where)
         return labels
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(test_labels_uvd=test_labels_uvd))
+    library = SimpleNamespace(test_labels_uvd=test_labels_uvd, test_parts=lambda *_: [])
+    monkeypatch.setitem(sys.modules, "datasets", library)
     path = write_joints(tmp_path / "pred.txt", labels)
     evaluate.main(["--dataset", "MSRA", "--data_dir", str(tmp_path), str(path), *options])
-    assert calls == [("MSRA", tmp_path, passed_on)]
+    assert calls == [("MSRA", tmp_path, subject)]
     assert capsys.readouterr().out.splitlines()[2].split()[-1] == "0.000"
+
+
+def test_named_frames_are_matched_with_the_test_index_too(indexed, tmp_path, capsys):
+    lines = (indexed("NYU") / "test.txt").read_text().splitlines()
+    path = write_lines(tmp_path / "joints.txt", *reversed(lines))
+    evaluate.main(["--dataset", "NYU", "--data_dir", str(indexed("NYU")), str(path)])
+    assert len(lines) > 1 and capsys.readouterr().out.splitlines()[2].split()[-1] == "0.000"
 
 
 @pytest.mark.parametrize(
