@@ -111,12 +111,12 @@ def read_labels(args):
         labels, names = read_frames(args.labels, len(protocol.joint_names))
         protocol.require_form(labels, args.labels)
         return labels, names, str(args.labels)
-    import datasets  # pulls in torch, which files of labels do without
+    from engine import testing  # pulls in torch, which files of labels do without
 
     where = args.dataset, args.data_dir, args.subject
-    parts = datasets.test_parts(*where)
+    parts = testing.test_parts(*where)
     names = [str(part.frame_path(index)) for part in parts for index in range(len(part))]
-    return datasets.test_labels_uvd(*where), names, f"the test index of {args.dataset}"
+    return testing.test_labels_uvd(*where), names, f"the test index of {args.dataset}"
 
 
 def read_predictions(path, protocol, labels, names, source):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from datasets import DATASETS, test_labels_uvd
+from datasets import DATASETS, MSRADataset
 from engine.batches import batches_of, make_loader, to_device
 from engine.checkpoints import load_network, resolve_device, torch_errors_explained
 from engine.inference import prepare
@@ -144,3 +144,25 @@ def write_results(path, lines):
     with atomic_path(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in lines))
     print(f"{path}: {len(lines)} frames")
+
+
+def test_parts(name, data_dir=None, subject=None):
+    """Return the test split of a data set as a list: MSRA without a `subject` is all nine in order.
+
+    Raises UserError where the index is missing, or (HAND17) the data set has no test labels.
+    """
+    if name == "HAND17":
+        raise UserError("HAND17's test frames have no labels: give a file with --labels")
+    folds = [{}]
+    if name == "MSRA":
+        folds = [{"subject": s} for s in (range(MSRADataset.subjects) if subject is None else [subject])]
+    return [DATASETS[name](path=data_dir, dataset="test", test_only=True, **fold) for fold in folds]
+
+
+def test_labels_uvd(name, data_dir=None, subject=None):
+    """Return the labels [N, J, 3] of `test_parts`, uvd, in the order of the result file.
+
+    Raises UserError as that does, and where a label is damaged.
+    """
+    parts = test_parts(name, data_dir, subject)
+    return np.stack([part.joints_uvd(part.line(index)) for part in parts for index in range(len(part))])

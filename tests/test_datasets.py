@@ -12,7 +12,8 @@ from conftest import expected, refusal
 from torch.utils.data import DataLoader
 
 from check_dataset import build_cache
-from datasets import DATASETS, HAND17Dataset, NYUDataset, test_labels_uvd
+from datasets import DATASETS, HAND17Dataset, NYUDataset
+from engine.testing import test_labels_uvd
 from frames import samples
 from frames.files import FrameError, LineFile, frame_number
 from frames.samples import Sample, UnlabelledSample

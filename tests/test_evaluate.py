@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -306,8 +305,8 @@ def test_without_a_file_labels_come_from_the_test_index(tmp_path, monkeypatch, c
         calls.append(where)
         return labels
 
-    library = SimpleNamespace(test_labels_uvd=test_labels_uvd, test_parts=lambda *_: [])
-    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr("engine.testing.test_labels_uvd", test_labels_uvd)
+    monkeypatch.setattr("engine.testing.test_parts", lambda *_: [])
     path = write_joints(tmp_path / "pred.txt", labels)
     evaluate.main(["--dataset", "MSRA", "--data_dir", str(tmp_path), str(path), *options])
     assert calls == [("MSRA", tmp_path, subject)]

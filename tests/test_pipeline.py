@@ -16,8 +16,9 @@ import torch
 import yaml
 from conftest import NO_AUGMENTATION, ON_CPU, SHARED, SMALL_NETWORK, copy_golden, run_process
 
-from datasets import DATASETS, test_labels_uvd
+from datasets import DATASETS
 from engine.metrics import PROTOCOLS
+from engine.testing import test_labels_uvd
 
 test_labels_uvd.__test__ = False  # the library's function only looks like a test
 
