@@ -84,11 +84,12 @@ def discard(stream):
 def start_worker(_=None):
     """Prepare a process that works for this one: one core, no signals, and no life after this one's.
 
-    Ctrl-C and SIGTERM may come to the whole process group; the main process ends its workers.
+    Ctrl-C and SIGTERM may come to the whole process group; the main process ends its workers, by SIGTERM too.
     """
     cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
 
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import pytest
 import torch
 from conftest import REPO, hidden_files
-from training import RUN, TINY, global_batches, records, repeat_lines, train_tiny
+from training import RUN, TINY, global_batches, records, repeat_lines, train_in_two, train_tiny
 
 from datasets import DATASETS
 from engine import distributed
@@ -132,6 +132,32 @@ def losses_in_double_precision():
         samples = type(batch.samples)(*(field.double() for field in batch.samples))
         losses.append(train_step(state.parallel, state.optimizer, samples, args)[0])
     return losses if distributed.is_main() else None
+
+
+@pytest.mark.parametrize("frames, val_frames", [(4, 1), (7, 4), (9, 41)])
+def test_two_processes_equal_one_at_every_remainder(frames, val_frames, data, tmp_path):
+    """Batches of two; a process may have one validation frame more than the other, or none at all."""
+    repeat_lines(data / "train.txt", frames)
+    repeat_lines(data / "val.txt", val_frames)
+    options = ["--batch_size", 2, "--epoch", 1, "--lr", 1e-6, "--save_minutes", 0]
+    other = tmp_path / "two"
+    other.mkdir()
+    (other / "Data").symlink_to(tmp_path / "Data")
+    assert train_in_two(other, *options) == [0, 0], (other / "output.txt").read_text()
+    train_tiny(*options)
+    (one,), (two,) = records(), records(other)
+    assert one["val_mm"] == pytest.approx(two["val_mm"], abs=1e-4)
+    assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    assert one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-5)
+
+
+def test_several_runs_follow_each_other_in_the_same_processes(data):
+    """As `train_msra.py --subject all` trains its folds."""
+    assert train_in_two(".", "--epoch", 1, "--suffix", "one,two,three") == [0, 0], Path(
+        "output.txt"
+    ).read_text()
+    runs = [records(run=f"ICVL_{suffix}") for suffix in ("one", "two", "three")]
+    assert runs[0] == runs[1] == runs[2]
 
 
 @pytest.mark.slow

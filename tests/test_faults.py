@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -326,20 +327,60 @@ def test_what_is_no_frames_fault_ends_a_run_also_with_skip_bad(workers, data):
 # Loading processes, and those that die
 
 
+class Process(NamedTuple):
+    """A process that loads a frame: its number, group, OpenCV threads."""
+
+    pid: torch.Tensor
+    group: torch.Tensor
+    threads: torch.Tensor
+
+
 class Processes:
     """Its frames tell of the process that loads them, which gets a Ctrl-C each time."""
 
     def __getitem__(self, index):
         os.kill(os.getpid(), signal.SIGINT)
-        return os.getpid(), cv2.getNumThreads()
+        return Process(*map(torch.tensor, (os.getpid(), os.getpgid(0), cv2.getNumThreads())))
 
 
 def test_loading_processes_have_one_thread_and_outlive_ctrl_c_and_epochs():
     loader = make_loader(Processes(), range(6), options("--num_workers", 2), CPU, 1)
     epochs = [[batch.samples for batch in batches_of(loader)] for _ in range(2)]
-    pids = [{pid.item() for pid, _ in epoch} for epoch in epochs]
+    pids = [{process.pid.item() for process in epoch} for epoch in epochs]
     assert pids[0] == pids[1] and len(pids[0]) == 2 and os.getpid() not in pids[0]
-    assert {threads.item() for epoch in epochs for _, threads in epoch} == {1}
+    assert {process.threads.item() for epoch in epochs for process in epoch} == {1}
+    groups = {process.group.item() for process in epochs[0]}
+    assert groups == pids[0], "a signal to the main process's group does not come to them"
+
+
+def test_loading_processes_may_be_spawned(indexed):
+    """As on Windows and macOS."""
+    frames = DATASETS["ICVL"](path=indexed("ICVL"), label_size=16, image_size=32, targets=False)
+    loaders = [
+        make_loader(frames, EpochSampler(np.arange(3), 3, 1), options("--num_workers", n), CPU, 3)
+        for n in (0, 1)
+    ]
+    loaders[1].multiprocessing_context = "spawn"
+    (one,), (other,) = (list(batches_of(loader)) for loader in loaders)
+    assert_same_values(list(one.samples), list(other.samples))
+
+
+def test_temporary_folder_with_a_long_name_does_no_harm(data, tmp_path, monkeypatch):
+    """Batch systems make such; tensors would be handed over by a socket in it, whose path is limited."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 80)))
+    Path(tempfile.tempdir).mkdir()
+    train_tiny("--num_workers", 1, "--epoch", 1)
+    assert len(records()) == 1
+
+
+def test_loading_processes_that_cannot_start_are_told_in_a_line(data, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "_get_iterator", refuse)
+    with pytest.raises(UserError, match="Too many open files.*fewer --num_workers.*ulimit -n") as error:
+        train_tiny("--num_workers", 1)
+    assert "\n" not in str(error.value)
 
 
 def kill_worker_at(monkeypatch, index):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import socket
 from pathlib import Path
 from unittest import mock
 
@@ -39,23 +40,40 @@ def train_tiny(*arguments):
     return train(parse_train("", [*TINY, *map(str, arguments)]))
 
 
-def tiny_process(folder, *arguments, limit_bytes=None):
+def tiny_process(folder, *arguments, limit_bytes=None, environment=()):
     """Return a started process that trains in `folder`, its output in folder/output.txt.
 
     It is forked from a server that has imported everything, so that it starts at once. It can write
-    no file larger than `limit_bytes`.
+    no file larger than `limit_bytes`, and has variables `environment` besides this process's.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training", "torch.utils.tensorboard"])
-    process = context.Process(target=_train_in, args=(str(folder), arguments, limit_bytes))
+    process = context.Process(target=_train_in, args=(str(folder), arguments, limit_bytes, dict(environment)))
     # The server does not get sys.path, and passes over in silence what it cannot import.
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)])):
         process.start()
     return process
 
 
-def _train_in(folder, arguments, limit_bytes):
+def train_in_two(folder, *arguments):
+    """Train in two processes as torchrun starts them, but quicker; return their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = [
+        tiny_process(folder, *arguments, environment={**shared, "RANK": str(n), "LOCAL_RANK": str(n)})
+        for n in range(2)
+    ]
+    for process in processes:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _train_in(folder, arguments, limit_bytes, environment):
     os.chdir(folder)
+    os.environ.update(environment)
     # As in a process that a user starts; the server would hand on its own way.
     multiprocessing.set_start_method("fork", force=True)
     if limit_bytes:
@@ -64,12 +82,21 @@ def _train_in(folder, arguments, limit_bytes):
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    raise SystemExit(utils.run(lambda: train_tiny(*arguments) and 0))
+    raise SystemExit(utils.run(lambda: train_each(*arguments)))
 
 
-def records(folder="."):
+def train_each(*arguments):
+    """Train for each of several suffixes `--suffix a,b`, one after the other in the same process."""
+    suffixes = ["default"]
+    if "--suffix" in arguments:
+        suffixes = arguments[arguments.index("--suffix") + 1].split(",")
+    for suffix in suffixes:
+        train_tiny(*arguments, "--suffix", suffix)
+
+
+def records(folder=".", run=RUN):
     """Return the epochs of a run's metrics.jsonl without how long they took."""
-    lines = Path(folder, "logs", RUN, "metrics.jsonl").read_text().splitlines()[1:]
+    lines = Path(folder, "logs", run, "metrics.jsonl").read_text().splitlines()[1:]
     return [{**json.loads(line), "seconds": None} for line in lines]
 
 
