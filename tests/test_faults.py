@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import hidden_files
-from torch.utils.data import get_worker_info
 from training import (
     RUN,
     TINY,
@@ -385,14 +384,14 @@ def test_loading_processes_that_cannot_start_are_told_in_a_line(data, monkeypatc
 
 def kill_worker_at(monkeypatch, index):
     """Let a loading process that reads frame `index` die, as for lack of memory."""
-    original = DATASETS["ICVL"].load
+    original = DATASETS["ICVL"].__getitem__
 
-    def deadly(self, at):
-        if at == index and self.split == "train" and get_worker_info():
+    def deadly(self, key):
+        if key == index or isinstance(key, tuple) and key[0] == index:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, at)
+        return original(self, key)
 
-    monkeypatch.setattr(DATASETS["ICVL"], "load", deadly)
+    monkeypatch.setattr(DATASETS["ICVL"], "__getitem__", deadly)
 
 
 def test_a_loading_process_that_dies_ends_the_run_in_one_line(data, monkeypatch):
