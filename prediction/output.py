@@ -56,6 +56,11 @@ class PredictionWriter:
         inside = next((path for path in self.inputs if path.parent.resolve() in folders), None)
         if inside:
             raise UserError(f"{inside} lies where --out {self.out} puts pictures: choose another folder")
+        if self.film_name and readable(self.out) != str(self.out):
+            # OpenCV would end the process.
+            raise UserError(
+                f"--out {readable(self.out)} is not UTF-8: no film can be written, give --video none"
+            )
         with self._explained(), ExitStack() as stack:
             self.out.mkdir(parents=True, exist_ok=True)
             earlier = files_of_earlier_run(self.out)

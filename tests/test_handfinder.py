@@ -137,6 +137,9 @@ def test_what_is_found_looks_enough_like_a_hand(monkeypatch):
 def test_a_box_says_which_surface_is_the_hand(monkeypatch):
     assert found_side(monkeypatch, -5.0, 9.0, near=None, bbox=(95, 95, 50, 50)) == "left"
     assert found_side(monkeypatch, 9.0, -5.0, near=None, bbox=(150, 60, 110, 120)) == "right"
+    both = (81, 80, 130, 80)  # the left palm is nearer its middle
+    assert found_side(monkeypatch, 5.0, 6.0, near=None, bbox=both) == "left"
+    assert found_side(monkeypatch, -5.0, 6.0, near=None, bbox=both) == "right"
 
 
 def test_a_hand_beyond_a_hand_cameras_reach_is_none():

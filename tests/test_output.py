@@ -40,6 +40,17 @@ def test_odd_file_names_lose_nothing(workplace, model, script):
     assert len(list(csv.DictReader(Path("Result/predict/predictions.csv").open(newline="")))) == 5 * 21
 
 
+def test_a_folder_whose_name_is_not_utf8_gets_results_without_a_film(workplace, model, script):
+    folder, out = (os.fsdecode(name) for name in (b"h\xe4nde", b"f\xfcr"))
+    for number in (1, 2):
+        write_png(Path("recording", f"{number}.png"), hand_frame())
+    Path("recording").rename(folder)
+    done = script("predict.py", folder, *OPTIONS, "--model", model, "--out", out)
+    assert done.status == 1 and "not UTF-8: no film can be written, give --video none" in done.err
+    done = script("predict.py", folder, *OPTIONS, "--model", model, "--out", out, "--video", "none")
+    assert done.status == 0 and len(list(Path(out, "overlay").iterdir())) == 2
+
+
 def start_predicting(folder, out, model, count=400, **pipes):
     """Start predict.py on a long sequence; return the process once some frames are written."""
     write_png(folder / "0.png", hand_frame())
