@@ -216,13 +216,16 @@ def test_hand17_joints_in_uvd_are_refused(tmp_path):
         evaluate.main(["--dataset", "HAND17", "--labels", path, path])
 
 
-def test_a_joint_outside_the_picture_may_be_predicted(tmp_path, labels_path, capsys):
-    joints = icvl_uvd()
-    joints[0, 3, 0] = 500
-    evaluate.main(
-        ["--dataset", "ICVL", "--labels", str(labels_path), str(write_joints(tmp_path / "j.txt", joints))]
-    )
-    assert "mean, mm" in capsys.readouterr().out
+@pytest.mark.parametrize("outside", [(500, 120, 241), (160, -40, 241), (160, 120, 20), (160, 120, 4000)])
+def test_one_joint_in_twenty_may_be_predicted_where_none_can_be(outside, tmp_path):
+    joints = icvl_uvd(25)  # 400 joints
+    for count in (20, 21):
+        joints.reshape(-1, 3)[:count] = outside
+        if count == 21:
+            with pytest.raises(UserError, match="joints.txt: 5% of its joints cannot be uvd"):
+                PROTOCOLS["ICVL"].require_form(joints, "joints.txt")
+        else:
+            PROTOCOLS["ICVL"].require_form(joints, "joints.txt")
 
 
 def test_frames_of_zeros_are_left_out_and_counted(tmp_path, labels_path, capsys, monkeypatch):
