@@ -140,6 +140,14 @@ def test_hand17_predictions_are_read_in_the_camera_frame(indexed, tmp_path):
     assert list(errors_mm) == list(range(len(dataset))) and max(errors_mm.values()) < 0.01
 
 
+def test_predictions_in_another_form_are_not_shown(indexed, tmp_path):
+    dataset = show.DATASETS["NYU"](path=indexed("NYU"), dataset="test")
+    xyz = np.stack([dataset.uvd2xyz(dataset.joints_uvd(dataset.line(k))) for k in range(len(dataset))])
+    np.savetxt(tmp_path / "xyz.txt", xyz.reshape(len(xyz), -1))
+    with pytest.raises(UserError, match="xyz.txt: .* cannot be uvd"):
+        show.load_predictions(tmp_path / "xyz.txt", dataset)
+
+
 def test_predictions_are_shown_worst_first(indexed, tmp_path):
     dataset = show.DATASETS["ICVL"](path=indexed("ICVL"), dataset="test")
     joints_uvd = np.stack([dataset.joints_uvd(dataset.line(index)) for index in range(len(dataset))])

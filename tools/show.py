@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from datasets import DATASETS
-from engine.metrics import joint_errors_mm
+from engine.metrics import PROTOCOLS, has_joints, joint_errors_mm
 from evaluate import read_joints
 from frames.drawing import draw_crop, write_picture
 from frames.files import FrameError
@@ -91,9 +91,10 @@ def load_predictions(path, dataset):
     Raises UserError where it does not fit the data set.
     """
     joints = read_joints(path, dataset.joint_number)
+    PROTOCOLS[dataset.name].require_form(joints, path)
     if len(joints) != len(dataset):
         raise UserError(f"{path} has {len(joints)} frames, {dataset.name} {dataset.split} {len(dataset)}")
-    joints[~joints.any(axis=(1, 2))] = np.nan
+    joints[~has_joints(joints)] = np.nan
     return dataset.xyz2uvd(joints) if dataset.name == "HAND17" else joints
 
 
@@ -136,10 +137,9 @@ def draw_frame(dataset, index, augment, joints_uvd, error_mm):
         others = AUGMENTATIONS if augment else int(joints_uvd is not None)
         return [_titled(_blank(), f"{index} {error.reason}"[:34]), *(_blank() for _ in range(others))]
     tiles = [_tile(dataset, sample, getattr(sample, "uvd", None), str(index))]
-    if augment:
-        for k in range(AUGMENTATIONS):
-            other = dataset[index, k]
-            tiles.append(_tile(dataset, other, other.uvd, f"{index} augmented"))
+    for k in range(AUGMENTATIONS if augment else 0):
+        other = dataset[index, k]
+        tiles.append(_tile(dataset, other, other.uvd, f"{index} augmented"))
     if joints_uvd is not None and np.isnan(joints_uvd[index]).any():
         tiles.append(_titled(_blank(), "not predicted"))
     elif joints_uvd is not None:
@@ -153,10 +153,7 @@ def draw_frame(dataset, index, augment, joints_uvd, error_mm):
 
 
 def _tile(dataset, sample, uvd, title):
-    if uvd is None:
-        uvd, chains = np.zeros((1, 3)), []
-    else:
-        uvd, chains = uvd.numpy(), dataset.config
+    uvd, chains = (np.zeros((1, 3)), []) if uvd is None else (uvd.numpy(), dataset.config)
     return _titled(draw_crop(sample.img[0].numpy(), uvd, chains, TILE_PX), title)
 
 
