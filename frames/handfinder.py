@@ -28,7 +28,7 @@ SAME_PLACE_MM = 30.0
 
 # The judge sees a place's surroundings, so far to each side and in depth, as a crop of so many pixels.
 REACH_MM, CROP_PX = 200.0, 40
-JUDGED_TWICE = 8
+JUDGED_TWICE = 4
 NEAREST_MM = 80.0
 LEAST_LIKENESS = 2.0
 
@@ -188,13 +188,14 @@ def load_judge():
     except Exception as error:  # torch raises errors of any kind at changed bytes
         reason = " ".join(str(error).split())[:80]
         raise UserError(f"the hand finder's {WEIGHTS} cannot be used ({reason}): {advice}") from None
-    return network.eval()
+    return network.eval().to(memory_format=torch.channels_last)  # twice as fast
 
 
 @torch.inference_mode()
 def judge(picture, places):
     """Return how much a hand is at places [N, 3] xyz (logit [N]), and where its middle would be [N, 3]."""
-    logits, offsets = load_judge()(torch.from_numpy(crops_around(picture, places))[:, None])
+    crops = torch.from_numpy(crops_around(picture, places))[:, None]
+    logits, offsets = load_judge()(crops.contiguous(memory_format=torch.channels_last))
     middles = places + REACH_MM * offsets.double().numpy()
     middles[:, 2] = np.maximum(middles[:, 2], NEAREST_MM)
     return logits.double().numpy(), middles
