@@ -7,6 +7,7 @@ python predict.py frame.npy --camera camera.yml --model Model/mine.pt --center 3
 `python demo.py` makes a model for trying, Model/HAND17_demo_final.pt.
 """
 
+import os
 import sys
 import time
 
@@ -26,7 +27,7 @@ SOME_FAILED = 3
 def main(argv=None):
     """Predict as the command line says; return the exit status."""
     args = parse_predict(argv)
-    sequences = [list_frames(path) if path.is_dir() else [path] for path in args.input]
+    sequences = [list_frames(path) if os.path.isdir(path) else [path] for path in args.input]
     total = sum(map(len, sequences))
     estimator = HandPoseEstimator(
         args.model,

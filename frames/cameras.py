@@ -1,6 +1,8 @@
 """Depth cameras by name, number or file, and the depth files that people have, read to millimetres."""
 
 import io
+import json
+import os
 import re
 import sys
 from collections import Counter
@@ -21,8 +23,8 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".webp")
 # A nearer hand fills any picture, a farther one is too small to read; no room's middle is so far away.
 NEAREST_MM, FARTHEST_MM, ROOM_MM = 150.0, 2000.0, 30000.0
 
-# What depth files are stored in, mm: millimetres, metres, RealSense's short-range cameras, tenths.
-UNITS_MM = (1.0, 1000.0, 0.125, 0.1)
+# What depth files hold, in mm: millimetres, metres, RealSense's short-range cameras' unit, tenths, cm.
+UNITS_MM = (1.0, 1000.0, 0.125, 0.1, 10.0)
 
 # As uint16 this is what cameras write for "beyond all", not a distance.
 SATURATED = 65535
@@ -119,8 +121,11 @@ def _load(path):
     """Return the first document of a YAML or JSON file, or the first line of JSON lines, as a dict."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = next(yaml.safe_load_all(text.partition("\n")[0] if path.suffix == ".jsonl" else text), None)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        if path.suffix.lower() == ".jsonl":
+            text = text.partition("\n")[0]
+        is_json = path.suffix.lower() in (".json", ".jsonl")  # which may be indented by tabs, unlike YAML
+        content = json.loads(text) if is_json else next(yaml.safe_load_all(text), None)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--camera {path} cannot be read: {' '.join(str(error).split())[:120]}") from error
     if not isinstance(content, dict):
         raise ValueError("expected lines such as `fx: 475.0`")
@@ -235,7 +240,7 @@ def read_depth(path, depth_camera):
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if not path.exists():
+    if not os.path.exists(path):  # which is no more than false for a name that is too long
         raise FrameError(path, "the file or folder is missing")
     if suffix not in READERS:
         raise FrameError(

@@ -92,7 +92,8 @@ FORMS = {
 def test_camera_files_of_every_usual_form_are_read(form, suffix, tmp_path):
     content, unit_mm, size_px, *more = FORMS[form]
     path = tmp_path / f"camera.{suffix}"
-    path.write_text(json.dumps(content) if suffix == "json" else yaml.safe_dump(content) + "---\n")
+    as_json, as_yaml = json.dumps(content, indent="\t"), yaml.safe_dump(content) + "---\n"
+    path.write_text(as_json if suffix == "json" else as_yaml)
     assert parse_camera(path) == DepthCamera(OWN, unit_mm, size_px, **(more[0] if more else {}))
 
 

@@ -365,6 +365,7 @@ def test_the_joints_of_an_unnamed_checkpoint_come_from_their_number_or_the_files
         ("giant.png", giant("png"), "more than any depth camera"),
         ("giant.tif", giant("tif"), "does not decode"),
         ("absent.png", None, "missing"),
+        ("long" * 80 + ".png", None, "missing"),
         ("nothing.png", np.pad(np.full((20, 20), 500, np.uint16), ((220, 240), (300, 320))), "hand"),
     ],
 )
