@@ -52,7 +52,12 @@ def parse_train(description, argv=None, subject=False):
 
 def parse_test(description, argv=None, subject=False):
     """Parse the options of test.py, or with `subject` of test_msra.py."""
-    parser = argparse.ArgumentParser(usage=USAGE, description=description)
+    parser = argparse.ArgumentParser(
+        usage=USAGE,
+        description=description,
+        epilog="Exit status: 0 every frame has joints, 3 some were refused (zeros in the result file, left "
+        "out of the errors), 1 all were, or something else is wrong.",
+    )
     _add_data(parser, subject)
     parser.add_argument("--seed", default="final", help="which checkpoint: final, or an epoch's number")
     parser.add_argument(
