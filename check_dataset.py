@@ -238,7 +238,7 @@ def unlabelled_frames(name, root, parts):
             unused = len(known_centers(centers, set(range(len(centers))) - used))
             if unused:
                 print(f"WARNING: {unused} of {len(centers)} lines of {centers.path} are of no labelled frame")
-    found = chain.from_iterable(root.glob(pattern) for pattern in FRAME_FILES[name])
+    found = chain.from_iterable(root.glob(pattern) for pattern in FRAME_FILES.get(name, []))
     unlabelled = sorted(path for path in found if hash(path) not in named)
     if unlabelled:
         print(f"WARNING: {len(unlabelled)} frames have no label and are not used: {unlabelled[0]} ...")

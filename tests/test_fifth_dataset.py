@@ -38,7 +38,7 @@ def example(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setitem(datasets.DATASETS, "MINE", module.MineDataset)
     monkeypatch.setitem(check_dataset.READERS, "MINE", module.mine_lines)
-    monkeypatch.setitem(check_dataset.TREES, "MINE", "train/labels.txt  train/frame_0001.png ...")
+    monkeypatch.setitem(check_dataset.FRAME_FILES, "MINE", ["train/frame_*.png", "test/frame_*.png"])
     uvd = PROTOCOLS["HAND17"]._replace(is_uvd=True)
     monkeypatch.setitem(PROTOCOLS, "MINE", uvd)
     return module
