@@ -208,7 +208,7 @@ class Saver:
             return
         self.save(state)
         number = self.signals[0] if self.signals else signal.SIGTERM
-        unsaved = self.rescue()
+        unsaved = distributed.from_main(self.rescue)  # nor does a process end before the main one has saved
         raise Stopped(
             f"stopped by {signal.Signals(number).name} in epoch {state.epoch + 1} after step "
             f"{state.progress.step}; {unsaved or 'go on with the same command and --resume'}",
@@ -227,8 +227,11 @@ def locked(run):
 def _lock_file(run):
     """Return the open lock file of a run; the system releases the lock however the run ends."""
     path = Path("Model", f"{run}.lock")
-    path.parent.mkdir(exist_ok=True)
-    file = path.open("a")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -237,7 +237,10 @@ def finish(state, saver, log):
     best, last = min(state.records, key=_error_mm), state.records[-1]
     if log:
         final, path = (checkpoint_path(state.run, which) for which in ("final", best["epoch"]))
-        checkpoint = saver.unsaved.get(path) or (load_checkpoint(path) if path.is_file() else {})
+        checkpoint = saver.unsaved.get(path, {})
+        if not checkpoint:
+            with suppress(UserError):  # it is gone or damaged
+                checkpoint = load_checkpoint(path)
         if checkpoint.get("record") != best:
             print(f"WARNING: {path} is not this run's best epoch any more: {final} is the last epoch")
             checkpoint, best = state.checkpoint(), last

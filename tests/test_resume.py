@@ -237,6 +237,12 @@ def test_final_is_no_other_runs_epoch(place, capfd):
     assert_same_values(final["state_dict"], last["state_dict"])
 
 
+def test_folder_that_cannot_be_written_is_named(place):
+    Path("Model").write_text("")
+    with pytest.raises(UserError, match="cannot write Model/.*lock: File exists"):
+        train_tiny()
+
+
 def test_two_runs_of_one_name_are_refused(place):
     """The lock goes with the process that holds it, however that ends."""
     process = tiny_process(place, "--epoch", 1000)
