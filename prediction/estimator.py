@@ -108,7 +108,7 @@ class HandPoseEstimator:
         With `center_uvd` (column px, row px, depth mm) the hand is taken to be there, with `bbox` (left, top,
         width, height; px) in that box; else it is found, preferably near `near_uvd`, and where the first
         prediction shows it far from there, cut out anew. Raises ValueError where the frame is no depth
-        picture or not of the camera's size, or the box reaches beyond it as only two corners do.
+        picture or not of the camera's size.
         """
         return self.batch([depth_mm], [center_uvd], [bbox], [near_uvd])[0]
 
@@ -141,15 +141,15 @@ class HandPoseEstimator:
         doubts_about(DepthCamera(camera), (width, height))
         if not depth_mm.any():
             return no_hand("the frame is empty: no pixel has a depth")
-        if bbox is not None:
-            require_box(bbox, width, height)
-        if self.hand == "left":
-            depth_mm = np.ascontiguousarray(depth_mm[:, ::-1])
-            camera = camera._replace(u0=width - 1 - camera.u0)
-            center_uvd, near_uvd = mirrored(center_uvd, width), mirrored(near_uvd, width)
-            bbox = None if bbox is None else (width - bbox[0] - bbox[2], *bbox[1:])
-        frame = Frame(depth_mm)
         try:
+            if bbox is not None:
+                require_box(bbox, width, height)
+            if self.hand == "left":
+                depth_mm = np.ascontiguousarray(depth_mm[:, ::-1])
+                camera = camera._replace(u0=width - 1 - camera.u0)
+                center_uvd, near_uvd = mirrored(center_uvd, width), mirrored(near_uvd, width)
+                bbox = None if bbox is None else (width - bbox[0] - bbox[2], *bbox[1:])
+            frame = Frame(depth_mm)
             guessed = center_uvd is None and bbox is None
             if center_uvd is None:
                 center_uvd = find_center(frame, camera, near_uvd, bbox)

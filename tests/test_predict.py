@@ -532,18 +532,16 @@ def test_a_box_with_a_margin_gives_the_place_that_the_box_alone_gives(margin_px,
     np.testing.assert_allclose(center_uvd, (316, 235, 500), atol=14)
 
 
-def test_a_box_that_can_only_be_two_corners_is_named(estimator):
-    depth_mm = hand_frame()
+@pytest.mark.parametrize("hand", ["right", "left"])
+def test_a_box_that_can_only_be_two_corners_is_named(hand, model):
+    estimator, depth_mm = HandPoseEstimator(model, CAMERA, hand=hand, device="cpu"), hand_frame()
     for corners in ((250, 130, 400, 430), (300, 130, 500, 320)):
         left, top, right, bottom = corners
-        with pytest.raises(
-            ValueError, match=f"for two corners give {left},{top},{right - left},{bottom - top}"
-        ):
-            estimator(depth_mm, bbox=corners)
-    for box in ((200, 100, 240, 300), (-40, -40, 720, 560), (500, 300, 160, 200)):
-        estimator(depth_mm, bbox=box)
-    with pytest.raises(ValueError, match="above 0"):
-        estimator(depth_mm, bbox=(200, 100, -240, 300))
+        reason = estimator(depth_mm, bbox=corners).reason
+        assert f"for two corners give {left},{top},{right - left},{bottom - top}" in reason
+    for box in ((200, 100, 240, 300), (-40, -40, 720, 560)):
+        assert estimator(depth_mm, bbox=box).reason is None
+    assert "above 0" in estimator(depth_mm, bbox=(200, 100, -240, 300)).reason
 
 
 def test_an_answer_that_is_not_finite_is_none(model, monkeypatch):
