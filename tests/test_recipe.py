@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPO
 from test_resume import signal_during
 from training import RUN, assert_same_run, assert_same_values, records, repeat_lines, train_tiny
 
@@ -61,6 +62,13 @@ def test_only_a_cosine_sets_the_rate_of_a_step():
     assert optimizer.param_groups[0]["lr"] == 0.5
     set_learning_rate(optimizer, parse_train("", ["--lr_schedule", "cosine", "--epoch", "6"]), 3)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "recipes").glob("*.yml")), ids=lambda path: path.name)
+def test_a_recipe_that_comes_along_is_a_configuration(path):
+    args = parse_train("", ["--dataset", "HAND17", "--config", str(path)])
+    assert args.alpha == 0.5 and args.lr == 3e-3
+    assert args.features == 48 and args.label_size == 16
 
 
 # Averaged weights
