@@ -142,6 +142,15 @@ def test_a_box_says_which_surface_is_the_hand(monkeypatch):
     assert found_side(monkeypatch, -5.0, 6.0, near=None, bbox=both) == "right"
 
 
+def test_the_middle_is_moved_by_the_surface_within_90_mm():
+    """A wall that begins at the place and goes on to its right: a half-disc's middle is 4 r / 3 pi off."""
+    depth = np.zeros((240, 320), np.uint16)
+    depth[:, 160:] = 500
+    picture = handfinder.coarse_picture(Frame(depth), CAMERA)
+    middle = handfinder.surface_around(picture, np.array([0.0, 0.0, 500.0]), CAMERA)
+    np.testing.assert_allclose(middle, (4 * 90 / (3 * np.pi), 0, 500), atol=4)
+
+
 def test_a_hand_beyond_a_hand_cameras_reach_is_none():
     hand = open_hand()
     for factor, found in ((3.5, True), (4.5, False)):
