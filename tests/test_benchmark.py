@@ -11,6 +11,7 @@ from tools import benchmark
 from tools.benchmark import format_rows, timed, to_row
 
 
+@pytest.mark.slow
 def test_it_measures_a_data_set_and_the_network(fresh_indexed, tmp_path, capsys, monkeypatch):
     roots = {name: fresh_indexed(name) for name in benchmark.DATASETS}
     build_cache("NYU", roots["NYU"])

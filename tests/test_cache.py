@@ -282,6 +282,7 @@ def test_a_million_frames_need_a_few_bytes_each(tmp_path):
     assert held < 45 * lines
 
 
+@pytest.mark.slow
 def test_training_ends_at_the_same_error(cached, script):
     root, errors = cached("NYU"), []
     options = "--epoch 2 --batch_size 2 --seed 3".split()

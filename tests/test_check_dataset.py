@@ -296,6 +296,7 @@ def left_of_session(leader):
     return left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_its_processes_and_writes_nothing(number, long_check):
     """To the whole group, as from a terminal or a batch system."""

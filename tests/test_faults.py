@@ -394,6 +394,7 @@ def kill_worker_at(monkeypatch, index):
     monkeypatch.setattr(DATASETS["ICVL"], "__getitem__", deadly)
 
 
+@pytest.mark.slow
 def test_a_loading_process_that_dies_ends_the_run_in_one_line(data, monkeypatch):
     """The state that was saved last stays, and is gone on from."""
     train_tiny("--epoch", 1)

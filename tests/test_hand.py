@@ -106,6 +106,7 @@ def test_joints_lie_inside_the_flesh_where_the_finger_is():
     assert np.median(covered_mm[visible]) < 15
 
 
+@pytest.mark.slow
 def test_10000_hands_keep_bones_and_angles_within_their_limits():
     parts = [
         hands_of(500, seed, left_share=0.5) for seed in range(20)

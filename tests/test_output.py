@@ -65,6 +65,7 @@ def start_predicting(folder, out, model, count=400, **pipes):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_what_was_written_stays_however_the_run_ends(number, tmp_path, model):
     process = start_predicting(tmp_path / "in", tmp_path / "out", model, stderr=subprocess.PIPE)
@@ -90,6 +91,7 @@ def test_a_closed_pipe_ends_nothing(tmp_path, model):
     assert len(read_results(out)[1]) == 9
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_whole_lines(tmp_path, model):
     folder, out = tmp_path / "in", tmp_path / "out"
     for number in range(8):

@@ -1,12 +1,12 @@
 """The commands of the README from official files to printed errors, on golden data and on one real frame.
 
-Each data set's commands run once, as processes, two data sets at a time; the tests look at what they left.
+Each data set's commands run once, as processes; the tests look at what they left.
 """
 
 import json
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from engine.testing import test_labels_uvd
 
 test_labels_uvd.__test__ = False  # the library's function only looks like a test
 
-NAMES = ["NYU", "ICVL", "MSRA", "HAND17"]
+NAMES = ["NYU", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ICVL", "MSRA", "HAND17"))]
 SUBJECT = 3
 REAL_REPEATS = 20
 
@@ -77,15 +77,10 @@ def real_chain(folder):
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory):
-    """Return a function from a data set's name (or `real`) to its Chain."""
-    with ThreadPoolExecutor(2) as pool:
-        started = {}
-        if SHARED.is_dir():
-            started["real"] = pool.submit(real_chain, tmp_path_factory.mktemp("real"))
-        folder = tmp_path_factory.mktemp("golden")
-        for name in NAMES:
-            started[name] = pool.submit(golden_chain, folder, name)
-        yield lambda name: started[name].result()
+    """Return a function from a data set's name (or `real`) to its Chain, which runs when first asked for."""
+    folder = tmp_path_factory.mktemp("golden")
+    real = tmp_path_factory.mktemp("real")
+    return cache(lambda name: real_chain(real) if name == "real" else golden_chain(folder, name))
 
 
 def epochs_of(folder, run):
@@ -155,7 +150,7 @@ def test_final_checkpoint_is_the_best_epoch_in_the_published_form(name, chains):
     assert f"last epoch 2: {errors_mm[1]:.2f} mm" in chain.train.out
 
 
-@pytest.mark.parametrize("name", ["NYU", "ICVL", "MSRA"])
+@pytest.mark.parametrize("name", NAMES[:3])
 def test_result_file_holds_uvd_and_its_errors_are_printed(name, chains, script, monkeypatch):
     chain = chains(name)
     assert_succeeded(chain.test)
@@ -178,6 +173,7 @@ def assert_prints_mean(done, mean_mm):
     assert any(abs(number - mean_mm) < 0.006 for number in printed), done.out
 
 
+@pytest.mark.slow
 def test_hand17_result_file_has_the_challenges_form(chains):
     chain = chains("HAND17")
     assert_succeeded(chain.test)
@@ -191,6 +187,7 @@ def test_hand17_result_file_has_the_challenges_form(chains):
         assert all(re.fullmatch(r"-?\d+\.\d{3}", n) for n in numbers)
 
 
+@pytest.mark.slow
 def test_hand17_can_be_tested_with_bounding_boxes(chains, script, monkeypatch):
     monkeypatch.chdir(chains("HAND17").folder)
     model = "Model/HAND17_default_final.pt"
@@ -233,6 +230,7 @@ def test_resolved_options_can_be_given_back_and_repeat_the_run(chains, script, m
     assert {**options, "suffix": "again"} == yaml.safe_load(Path("Model/NYU_again.yml").read_text())
 
 
+@pytest.mark.slow
 def test_msra_options_can_be_given_back(chains, script, monkeypatch):
     monkeypatch.chdir(chains("MSRA").folder)
     given = ("--config", f"Model/MSRA_default_subject{SUBJECT}.yml")
@@ -251,6 +249,7 @@ def test_unseeded_run_records_the_seed_it_drew(fresh_indexed, script):
 # One real frame
 
 
+@pytest.mark.slow
 def test_training_reaches_3_mm_on_a_real_frame_and_test_prints_it(shared, chains):
     chain = chains("real")
     for done in (chain.check, chain.train, chain.test):

@@ -145,6 +145,7 @@ def place(fresh_indexed):
     repeat_lines(root / "val.txt", 6)
 
 
+@pytest.mark.slow
 def test_a_run_with_every_option_goes_on_as_if_never_stopped(place, tmp_path, monkeypatch):
     train_tiny(*STRONG)
     for folder in ("Model", "logs"):

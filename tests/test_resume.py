@@ -226,6 +226,7 @@ def test_an_epoch_whose_validation_was_no_number_is_not_the_best(place):
     assert train_tiny("--resume")[0] == 2
 
 
+@pytest.mark.slow
 def test_final_is_no_other_runs_epoch(place, capfd):
     train_tiny("--seed", 6)
     other = Path(f"Model/{RUN}_2.pt").read_bytes()

@@ -359,6 +359,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_nothing_behind(tmp_path):
     command = [sys.executable, REPO / "synthetic.py", "--layout", "NYU", "--train", "5000", "--out", "NYU"]
     with subprocess.Popen(
@@ -406,6 +407,7 @@ def test_the_demo_says_how_its_training_ended(workplace, monkeypatch):
         demo.train_on_cores(["killed"])
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_demo_and_its_training(tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
     started = subprocess.Popen(
