@@ -30,7 +30,7 @@ SAME_PLACE_MM = 30.0
 REACH_MM, CROP_PX = 200.0, 40
 JUDGED_TWICE = 4
 NEAREST_MM = 80.0
-LEAST_LIKENESS = 2.0
+LEAST_LIKENESS = 2.5
 
 # Surely a hand: whatever is likelier is no better.
 SURE = 6.0

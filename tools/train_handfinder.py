@@ -3,10 +3,10 @@
     python -m tools.train_handfinder
     python -m tools.train_handfinder --init Model/handfinder.pt --frames 3000 --epochs 1 --seed 1
 
-Model/handfinder.pt was made by the two, one after the other. Frames of every sensor are rendered with an arm
-and mostly with a body, half of them with tables, bars, boxes and specks; in some nothing is but a hand cut
-out of its frame, in some a body without a hand comes as near as hands do. Of each the judge learns places
-like those that it will have to judge, and some around the hand.
+Model/handfinder.pt was made by the first and then, on later rendered hands, by the second, run twice. Frames
+of every sensor are rendered with an arm and mostly with a body, half of them with tables, bars, boxes and
+specks; some are cut to a box around the hand, in some a body without a hand comes as near as hands do. Of
+each the judge learns places like those that it will have to judge, and some around the hand.
 """
 
 import argparse
