@@ -146,7 +146,7 @@ def test_two_processes_equal_one_at_every_remainder(frames, val_frames, data, tm
     assert train_in_two(other, *options) == [0, 0], (other / "output.txt").read_text()
     train_tiny(*options)
     (one,), (two,) = records(), records(other)
-    assert one["val_mm"] == pytest.approx(two["val_mm"], abs=1e-4)
+    assert one["val_mm"] == pytest.approx(two["val_mm"], abs=1e-3)
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
     assert one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-5)
 
@@ -188,7 +188,7 @@ def test_two_processes_train_as_one(data, tmp_path):
     train_tiny(*options)
     one, two = records(), records(other)
     assert len(one) == len(two) == 20
-    for key, limit in (("loss", 1e-5), ("val_loss", 1e-5), ("val_mm", 1e-4)):
+    for key, limit in (("loss", 1e-5), ("val_loss", 1e-5), ("val_mm", 1e-3)):
         apart = np.abs([a[key] - b[key] for a, b in zip(one, two)])
         assert apart.max() < limit, (key, apart)
     # One process prints, logs and saves.
@@ -214,7 +214,7 @@ def test_resume_with_another_number_of_processes(first, data, tmp_path):
             train_tiny("--opt", "sgd", *options)
             os.chdir(before)
     for one, two in zip(records(), records(other), strict=True):
-        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-4
+        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-3
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_frames_that_cannot_be_used_are_replaced_alike(data, tmp_path):
     train_tiny(*options)
     for one, two in zip(records(), records(other), strict=True):
         assert one["refused"] == two["refused"] == 6 + 5 + 4 + 3 + 2 + 1
-        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-4
+        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-3
 
 
 @pytest.mark.slow
