@@ -41,6 +41,9 @@ def run(main):
 
     SIGTERM ends it by way of every `finally`, as Ctrl-C does.
     """
+    if not hasattr(signal, "SIGCHLD"):
+        print("error: this runs on Linux and macOS; on Windows use WSL", file=sys.stderr)
+        return 1
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     # What OpenCV has to say of a damaged picture is said in an error.
@@ -88,8 +91,7 @@ def start_worker(_=None):
     """
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
+    os.setpgid(0, 0)
     threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
 
 

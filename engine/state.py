@@ -24,11 +24,6 @@ from engine.loops import Progress
 from engine.recipe import averaged
 from utils import Stopped, UserError, atomic_path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where runs are not locked
-    fcntl = None
-
 # For so long a run that has ended tries to write what a full disk refused.
 RETRY_S = 600
 
@@ -226,6 +221,8 @@ def locked(run):
 
 def _lock_file(run):
     """Return the open lock file of a run; the system releases the lock however the run ends."""
+    import fcntl  # not where `utils.run` ends every script
+
     path = Path("Model", f"{run}.lock")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -233,8 +230,7 @@ def _lock_file(run):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
         raise UserError(f"{run} is being trained already: wait, or give another --suffix") from None

@@ -45,15 +45,12 @@ class FrameError(UserError):
 
 def open_for_reading(path):
     """Return the descriptor of a file, to be closed, for `read_at`."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    return os.open(path, os.O_RDONLY)
 
 
 def read_at(file, size, offset):
     """Return `size` bytes, fewer at the file's end, from `offset` of a descriptor."""
-    if hasattr(os, "pread"):  # processes that were forked share a file's position
-        return os.pread(file, size, offset)
-    os.lseek(file, offset, os.SEEK_SET)
-    return os.read(file, size)
+    return os.pread(file, size, offset)  # processes that were forked share a file's position
 
 
 class IndexLine(NamedTuple):

@@ -491,15 +491,6 @@ def test_bytes_that_are_no_text_keep_their_meaning(tmp_path):
     assert os.fsencode(line) == b"h\xe4nde/a.png 1"
 
 
-def test_files_are_read_without_pread(fresh_indexed, monkeypatch):
-    """As on Windows."""
-    root = fresh_indexed("NYU")
-    build_cache("NYU", root)
-    wanted = frames_of(root).sample(1)
-    monkeypatch.delattr(os, "pread")
-    assert frames_of(root).cache is not None and same(frames_of(root).sample(1), wanted)
-
-
 def test_absent_line_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="absent.txt cannot be read"):
         LineFile(tmp_path / "absent.txt")

@@ -353,7 +353,7 @@ def test_loading_processes_have_one_thread_and_outlive_ctrl_c_and_epochs():
 
 
 def test_loading_processes_may_be_spawned(indexed):
-    """As on Windows and macOS."""
+    """As on macOS."""
     frames = DATASETS["ICVL"](path=indexed("ICVL"), label_size=16, image_size=32, targets=False)
     loaders = [
         make_loader(frames, EpochSampler(np.arange(3), 3, 1), options("--num_workers", n), CPU, 3)
@@ -610,3 +610,9 @@ def test_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write"):
         write_picture(path, picture * 0)
     assert cv2.imread(str(path)).any() and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_system_without_posix_signals_is_told_so(monkeypatch, capsys):
+    monkeypatch.delattr(utils.signal, "SIGCHLD")
+    assert utils.run(lambda: pytest.fail("it ran")) == 1
+    assert capsys.readouterr().err == "error: this runs on Linux and macOS; on Windows use WSL\n"
