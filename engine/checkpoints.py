@@ -23,7 +23,7 @@ WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
 
 @contextmanager
 def torch_errors_explained():
-    """Turn what torch raises for what the machine lacks, or for a process that ended, into a UserError."""
+    """Turn torch's errors about missing resources or a dead process into UserErrors."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
@@ -128,7 +128,7 @@ def load_network(path, dataset=None):
 
 
 def _check_size(weights, param):
-    """Raise ValueError where `model_param` is not that of the weights: it might ask for all memory."""
+    """Raise ValueError where `model_param` contradicts the weights: a forged size could fill the memory."""
     sizes = {
         "features": len(weights["stages.0.conv.weight"]),
         "kernel_size": weights["conv.0.weight"].shape[-1],

@@ -84,7 +84,7 @@ def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
 
 
 def faster_forwards(network, inputs, frames):
-    """Return functions that make what may run faster than the network on so many frames, fastest first."""
+    """Return functions that make a forward pass which may be faster for so many frames, fastest first."""
     device = inputs[0].device
     compiling = frames >= COMPILE_FRAMES[device.type]
     if compiling:

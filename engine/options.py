@@ -180,7 +180,7 @@ def _add_training(parser):
         help="cosine: down to 0 along half a cosine, instead of --lr_decay",
     )
     group.add_argument(
-        "--warmup_epochs", type=float, default=0.0, help="of a cosine: lr climbs from 0 for so long"
+        "--warmup_epochs", type=float, default=0.0, help="with cosine: epochs in which lr climbs from 0"
     )
     group.add_argument("--beta1", type=float, default=0.9, help="AdamW's beta 1, SGD's momentum")
     group.add_argument("--beta2", type=float, default=0.999, help="AdamW's beta 2")
@@ -201,7 +201,7 @@ def _add_training(parser):
         "--ema",
         type=float,
         default=0.0,
-        help="validate and save the weights' moving average, of this decay a step, as 0.999 (0: none)",
+        help="validate and save a moving average of the weights: its decay a step, such as 0.999 (0: none)",
     )
     group.add_argument(
         "--init", type=Path, help="begin with the weights of this checkpoint, of the same network"
@@ -247,7 +247,9 @@ def _add_model(parser):
     group.add_argument(
         "--model", type=Path, required=True, help="checkpoint (`python demo.py` makes one for trying)"
     )
-    group.add_argument("--joints", choices=DATASETS, help="whose joints it predicts (default: what it says)")
+    group.add_argument(
+        "--joints", choices=DATASETS, help="data set whose joints it predicts (default: the checkpoint's)"
+    )
     group.add_argument("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
@@ -269,7 +271,7 @@ def _add_hand(parser):
         "--hand",
         choices=("right", "left"),
         default="right",
-        help="a mirrored right hand is a left one",
+        help="which hand it is; a right hand in a mirrored picture is a left one",
     )
 
 

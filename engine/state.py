@@ -277,11 +277,11 @@ def load_state(args):
 def _check_state(epoch, seed, options, progress, records):
     """Raise an error where saved values cannot be those of a run."""
     if not isinstance(options, dict) or not 0 <= seed < 2**32 or epoch != len(records):
-        raise ValueError("its options, seed or epoch cannot be")
+        raise ValueError("its options, seed or epoch are invalid")
     progress = asdict(Progress(**progress))
     float(progress.pop("loss_sum"))
     if not all(isinstance(count, int) and count >= 0 for count in progress.values()):
-        raise ValueError("its counts of steps cannot be")
+        raise ValueError("its step counts are invalid")
     for record in records:
         float(record["val_mm"])
 

@@ -158,7 +158,8 @@ def begin_with(network, path):
     """Give a network the weights of a checkpoint; say which of them it could not take."""
     kept = load_weights(network, path)
     if distributed.is_main():
-        print(f"{path}: its weights are the beginning" + (", not of " if kept else "") + ", ".join(kept))
+        anew = f"; these layers begin anew: {', '.join(kept)}" if kept else ""
+        print(f"begins with the weights of {path}{anew}")
 
 
 def usable_batch_size(args, frames):
@@ -281,7 +282,7 @@ def noted_signals():
 def folds(args):
     """Return a copy of the options for each subject that --subject names.
 
-    Of `all`, those that were not begun when the others stopped begin where --resume asks to go on.
+    With `all` and --resume, subjects that had not begun when the run stopped are trained from the start.
     """
     subjects = range(MSRADataset.subjects) if args.subject == "all" else [args.subject]
     options = [Namespace(**{**vars(args), "subject": subject}) for subject in subjects]

@@ -33,7 +33,7 @@ LEAST_CHANNELS = 128  # from so many on it is the faster way
 
 @torch.library.custom_op("pixelwise::written", mutates_args=())
 def written(x: torch.Tensor) -> torch.Tensor:
-    """Return a copy of x: what a compiler cannot look into it computes once, and not for each tile again."""
+    """Return a copy of x that is opaque to the compiler, which would else compute x again for every tile."""
     return x.clone()
 
 

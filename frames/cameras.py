@@ -148,7 +148,7 @@ def _flat(options):
             if any(number not in (None, 0, 1) for number in whole):
                 raise ValueError(f"{word} {value}: give the camera of the cut or binned picture itself")
         elif meaning in found and found[meaning] != value:
-            raise ValueError(f"{word!r} says again, and otherwise, what stands there already")
+            raise ValueError(f"{word!r} contradicts a value given before in this file")
         elif meaning:
             found[meaning] = value
     return found
@@ -271,7 +271,7 @@ def check_depth(depth, unit_mm=1.0, size_px=None):
 
 
 def _check_range(depth, unit_mm):
-    """Raise ValueError where stored depths [H, W] are no scene with a hand, with what would make them one."""
+    """Raise ValueError where stored depths [H, W] cannot show a hand; it names the unit that would fit."""
     some = depth[::4, ::4]  # enough to tell mm from metres
     stored = some[(some > 0) & np.isfinite(some) & (some != SATURATED)]
     if len(stored) == 0:

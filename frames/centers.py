@@ -51,7 +51,7 @@ def read_center(lines, number, path):
 def parse_center(text, path):
     """Return the centre (uvd) that a line of a centre file gives the frame at `path`. Raises FrameError."""
     if text == "invalid":
-        raise FrameError(path, "no hand was found in it, says the centre file")
+        raise FrameError(path, "the centre file says that no hand was found in it")
     center_uvd = parse_numbers(text, 3, path, "the centre")
     if center_uvd[2] < 1e-3 or max(map(abs, center_uvd.tolist())) > MAX_CENTER:
         raise FrameError(path, "the centre is impossible: {:g} {:g} {:g}".format(*center_uvd))

@@ -66,7 +66,9 @@ class PredictionWriter:
             earlier = files_of_earlier_run(self.out)
             for name in {*self.names, self.film_name or self.names[0]} - set(earlier):
                 if (self.out / name).exists():
-                    raise UserError(f"{self.out / name} is no earlier run's: give another folder as --out")
+                    raise UserError(
+                        f"{self.out / name} was not written by an earlier run: give another folder with --out"
+                    )
             for name in earlier:
                 (self.out / name).unlink(missing_ok=True)
             # Unbuffered, so that a full disk is noticed at the line that it cuts.

@@ -331,7 +331,7 @@ def test_damaged_msra_label_is_refused(msra_frame):
     "change, reason",
     [
         (lambda lines: [lines[0], "invalid invalid invalid", lines[2]], "the centre is not numbers"),
-        (lambda lines: [lines[0], "invalid", lines[2]], "no hand was found in it, says the centre file"),
+        (lambda lines: [lines[0], "invalid", lines[2]], "the centre file says that no hand was found in it"),
         (lambda lines: [lines[0], "nan nan nan", lines[2]], "the centre has a number that is not finite"),
         (lambda lines: [lines[0], "", lines[2]], "the centre has 0 numbers, expected 3"),
         (lambda lines: [lines[0], "300 200", lines[2]], "the centre has 2 numbers, expected 3"),

@@ -107,8 +107,11 @@ def test_camera_files_of_every_usual_form_are_read(form, suffix, tmp_path):
             "'depth_units' is not known",
         ),
         ("camera: {fx: 600, fy: 601, u0: 320, v0: 240}\nunit: 0.125\n", "'unit' is not known"),
-        ("fx: 600\nfy: 601\nu0: 320\nv0: 240\ncx: 100\n", "'cx' says again, and otherwise"),
-        ("camera: {fx: 6, fy: 6, u0: 3, v0: 2, depth_unit_mm: 1}\ndepth_unit_mm: 0.125\n", "says again"),
+        ("fx: 600\nfy: 601\nu0: 320\nv0: 240\ncx: 100\n", "'cx' contradicts a value"),
+        (
+            "camera: {fx: 6, fy: 6, u0: 3, v0: 2, depth_unit_mm: 1}\ndepth_unit_mm: 0.125\n",
+            "contradicts a value",
+        ),
         ("fx: 600\nfy: 601\nu0: 320\nv0: 240\nwidth: 640\n", "'height' is missing"),
         ("fx: 600\nfy: 0\nu0: 320\nv0: 240\n", "above 0"),
         ("fx: 600\nfy: 601\nu0: .nan\nv0: 240\n", "above 0"),

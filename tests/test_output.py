@@ -119,7 +119,9 @@ def test_files_that_no_earlier_run_wrote_stay(workplace, model, script):
     assert [path.read_bytes() for path in mine] == [b"mine"] * 3
     Path("out/predictions.jsonl").write_text('{"frames": 3}\n')
     done = script("predict.py", "recording", *options)
-    assert done.status == 1 and "is no earlier run's: give another folder as --out" in done.err
+    assert (
+        done.status == 1 and "was not written by an earlier run: give another folder with --out" in done.err
+    )
     write_png(Path("other/overlay/1.png"), hand_frame())
     done = script("predict.py", "other/overlay", *OPTIONS, "--model", model, "--out", "other")
     assert done.status == 1 and "choose another folder" in done.err

@@ -190,7 +190,10 @@ def test_training_says_what_it_begins_with(place, capfd):
     torch.manual_seed(1)
     other = PixelwiseRegression(21, 1, label_size=16, features=32, level=0, norm_method="instance")
     train_tiny("--init", save(other, "other.pt"), "--opt", "sgd", "--lr", 1e-30, "--epoch", 1)
-    assert "other.pt: its weights are the beginning, not of stages.0.plane" in capfd.readouterr().out
+    assert (
+        "begins with the weights of other.pt; these layers begin anew: stages.0.plane"
+        in capfd.readouterr().out
+    )
     weights = load_checkpoint(Path("Model", f"{RUN}_1.pt"))["state_dict"]
     assert torch.equal(weights["conv.0.weight"], other.state_dict()["conv.0.weight"])
     assert len(weights["stages.0.plane_regression.conv.9.bias"]) == 16
