@@ -27,7 +27,6 @@ from frames.handfinder import find_center
 from utils import UserError, atomic_path, run, start_worker, usable_cores
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
-MSRA_GESTURES = "1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y".split()
 HAND17_TRAIN_SHARE = 0.95
 
 # The official lists name some frames that were never recorded, fewer than this share.
@@ -40,9 +39,6 @@ FRAME_FILES = {
     "MSRA": ["P*/*/[0-9]*_depth.bin"],
     "HAND17": ["training/images/image_D*.png", "frame/images/image_D*.png"],
 }
-
-
-# Official annotations: functions of (folder, split or subject) that return a line a frame
 
 
 def require(path, name, root):
@@ -96,7 +92,7 @@ def icvl_lines(root, split):
 def msra_lines(root, subject):
     """Return an index line for every MSRA frame of a subject: path, 21 joints in the camera frame, mm."""
     lines = []
-    for gesture in MSRA_GESTURES:
+    for gesture in MSRADataset.gestures:
         folder = root / f"P{subject}" / gesture
         if not folder.is_dir():
             continue
@@ -109,7 +105,7 @@ def msra_lines(root, subject):
             for number, label in enumerate(labels)
         ]
     if not lines:
-        require(root / f"P{subject}" / MSRA_GESTURES[0] / "joint.txt", "MSRA", root)
+        require(root / f"P{subject}" / MSRADataset.gestures[0] / "joint.txt", "MSRA", root)
     return lines
 
 
@@ -145,13 +141,9 @@ def open_parts(name, root):
             parts[f"P{subject}"] = cls(path=root, dataset="test", subject=subject, lines=lines, targets=False)
         return parts
     for split in ("train", "test"):
-        unlabelled = name == "HAND17" and split == "test"
-        lines = READERS[name](root, split)
-        parts[split] = cls(path=root, dataset=split, lines=lines, targets=False, test_only=unlabelled)
+        options = dict(dataset=split, test_only=split == "test" and not cls.test_labels)
+        parts[split] = cls(path=root, lines=READERS[name](root, split), targets=False, **options)
     return parts
-
-
-# Every frame, on all cores
 
 
 def for_each_frame(work, dataset, title):
@@ -243,14 +235,11 @@ def unlabelled_frames(name, root, parts):
     if unlabelled:
         print(f"WARNING: {len(unlabelled)} frames have no label and are not used: {unlabelled[0]} ...")
     if name == "MSRA":
-        folders = [f"P{s}/{g}" for s in range(MSRADataset.subjects) for g in MSRA_GESTURES]
+        folders = [f"P{s}/{g}" for s in range(MSRADataset.subjects) for g in MSRADataset.gestures]
         absent = [folder for folder in folders if not (root / folder).is_dir()]
         if absent:
             print(f"WARNING: {len(absent)} of {len(folders)} gestures are missing: {' '.join(absent[:20])}")
     return [f"{path}\tno label names this frame" for path in unlabelled]
-
-
-# Index files
 
 
 def index_names(name):
@@ -346,9 +335,6 @@ def write_lines(path, lines):
             file.writelines(f"{line}\n" for line in lines)
 
 
-# Crop caches
-
-
 def build_cache(name, root, force=False):
     """Write the crop caches of a data set whose index files are in place; print their size.
 
@@ -368,14 +354,13 @@ def build_cache(name, root, force=False):
 
 def _cache_groups(name, root):
     """Return, for each cache file, the splits whose frames it holds; those left out are parts of these."""
-    options = [{"dataset": split} for split in ("train", "test")]
+    cls, groups = DATASETS[name], {}
+    options = [{"dataset": split} for split in (*cls.training_splits, "test")]
     if name == "MSRA":
         options = [{"dataset": "test", "subject": subject} for subject in range(MSRADataset.subjects)]
-    elif name == "HAND17":
-        options = [{"dataset": "train"}, {"dataset": "val"}, {"dataset": "test", "test_only": True}]
-    groups = {}
     for option in options:
-        dataset = DATASETS[name](path=root, targets=False, use_cache=False, **option)
+        option["test_only"] = option["dataset"] == "test" and not cls.test_labels
+        dataset = cls(path=root, targets=False, use_cache=False, **option)
         groups.setdefault(dataset.cache_name(), []).append(dataset)
     return groups
 

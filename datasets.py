@@ -340,6 +340,7 @@ class MSRADataset(HandDataset):
     suffix = ".bin"
     path_parts = 3
     subjects = 9
+    gestures = "1 2 3 4 5 6 7 8 9 I IP L MP RP T TIP Y".split()
 
     def __init__(self, *, subject=0, **options):
         if not (isinstance(subject, int) and 0 <= subject < self.subjects):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -112,6 +113,20 @@ def require_file(path, advice):
     """Raise UserError, which ends in `advice`, where there is no file at `path`."""
     if not path.is_file():
         raise UserError(f"{path} {'is no file' if path.exists() else 'not found'}: {advice}")
+
+
+def load_torch(path):
+    """Return what a file of `torch.save` holds, on the CPU; nothing in it is executed.
+
+    Raises pickle.UnpicklingError where it holds more than weights, errors of any kind where it is damaged.
+    """
+    import torch  # after this module has set its threads
+
+    if zipfile.is_zipfile(path):  # torch itself does not compare the checksums; its old format has none
+        damaged = zipfile.ZipFile(path).testzip()
+        if damaged:
+            raise ValueError(f"wrong checksum of {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_command(name, root):

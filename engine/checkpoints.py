@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import re
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from datasets import DATASETS
 from engine.full_regression import COORDINATES_BIAS, FullRegression, label_size_of
 from model import PixelwiseRegression
-from utils import UserError, atomic_path, require_file
+from utils import UserError, atomic_path, load_torch, require_file
 
 # What DataParallel and torch.compile put before the names of weights.
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
@@ -80,11 +79,7 @@ def load_checkpoint(path, needed=("state_dict", "model_param")):
     path = Path(path)
     require_file(path, "train first, or name a checkpoint that exists")
     try:
-        if zipfile.is_zipfile(path):  # torch itself does not compare the checksums; its old format has none
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged:
-                raise ValueError(f"wrong checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_torch(path)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is no checkpoint, or holds more than weights and was refused unread"

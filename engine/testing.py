@@ -95,7 +95,7 @@ def test(args):
     lines = result_lines(dataset, joints_uvd)
     write_results(Path("Result", f"{name}.txt"), lines)
     labels_uvd = None
-    if args.dataset != "HAND17":
+    if dataset.test_labels:
         try:
             labels_uvd = test_labels_uvd(args.dataset, args.data_dir, **fold)
         except FrameError as error:
@@ -151,8 +151,8 @@ def test_parts(name, data_dir=None, subject=None):
 
     Raises UserError where the index is missing, or (HAND17) the data set has no test labels.
     """
-    if name == "HAND17":
-        raise UserError("HAND17's test frames have no labels: give a file with --labels")
+    if not DATASETS[name].test_labels:
+        raise UserError(f"{name}'s test frames have no labels: give a file with --labels")
     folds = [{}]
     if name == "MSRA":
         folds = [{"subject": s} for s in (range(MSRADataset.subjects) if subject is None else [subject])]

@@ -251,7 +251,7 @@ def finish(state, saver, log):
         log.write_curves(state.records)
         print(
             f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "
-            f"{last['val_mm']:.2f} mm; {final} is the best"
+            f"{last['val_mm']:.2f} mm; {final} is epoch {best['epoch']}"
         )
     return best["epoch"], best["val_mm"], last["val_mm"]
 

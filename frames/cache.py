@@ -27,7 +27,7 @@ import numpy as np
 from numpy.lib.recfunctions import repack_fields
 from tqdm import tqdm
 
-from frames.files import FrameError, open_for_reading, read_at
+from frames.files import FrameError
 from frames.samples import HandFrame
 from frames.transforms import Frame, hand_part
 from utils import UserError, atomic_path, check_command
@@ -169,7 +169,7 @@ class CropCache:
     def __init__(self, path, settings):
         self.path, self.settings, self.usable = path, settings, True
         try:
-            self._file = open_for_reading(path)
+            self._file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
             with index_path(path).open("rb") as file:
                 made_for = json.loads(np.load(file, allow_pickle=False).item())
@@ -207,7 +207,7 @@ class CropCache:
             if place is None:
                 raise CacheError("it was made for another index")
             offset, size, _ = place
-            head = read_at(self._file, self._type.itemsize, offset) if size else b""
+            head = os.pread(self._file, self._type.itemsize, offset) if size else b""
             if len(head) == self._type.itemsize:
                 if has_changed(line.path, np.frombuffer(head, self._type)[0]["file_stamp"]):
                     raise CacheError(f"{line.path} has changed since it was made")
@@ -228,7 +228,7 @@ class CropCache:
             return None
         data = b""
         with suppress(OSError):
-            data = read_at(self._file, size, offset)
+            data = os.pread(self._file, size, offset)
         if len(data) != size or zlib.crc32(data) != crc32:
             self.usable = False
             self._notice("a record is damaged; from here on frames are read from their files")

@@ -43,16 +43,6 @@ class FrameError(UserError):
         return FrameError, (self.frame, self.reason)
 
 
-def open_for_reading(path):
-    """Return the descriptor of a file, to be closed, for `read_at`."""
-    return os.open(path, os.O_RDONLY)
-
-
-def read_at(file, size, offset):
-    """Return `size` bytes, fewer at the file's end, from `offset` of a descriptor."""
-    return os.pread(file, size, offset)  # processes that were forked share a file's position
-
-
 class IndexLine(NamedTuple):
     """A line of an index file: where its frame lies, the text of its numbers, its key in a crop cache."""
 
@@ -64,6 +54,7 @@ class IndexLine(NamedTuple):
 class LineFile:
     """The lines of a text file, UTF-8 or (with a byte order mark) UTF-16, each read when it is asked for.
 
+    Read by `os.pread`, for processes that were forked share a file's position.
     A million lines cost sixteen bytes each, and a worker that is handed a LineFile opens the file
     anew. No memory map, which would crash the process once the file is cut short. Bytes that are no
     text come back as `os.fsencode` takes them. Raises UserError where the file is missing or empty.
@@ -72,13 +63,13 @@ class LineFile:
     def __init__(self, path, skip_blank=False):
         self.path, self.skip_blank = Path(path), skip_blank
         try:
-            self._file = open_for_reading(self.path)
+            self._file = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
-            head = read_at(self._file, 3, 0)
+            head = os.pread(self._file, 3, 0)
             mark = next(filter(head.startswith, BYTE_ORDER_MARKS), b"")
             encoding, unit = BYTE_ORDER_MARKS.get(mark, ("utf-8", "u1"))
             width, newlines, size = np.dtype(unit).itemsize, [], len(mark)
-            while block := read_at(self._file, 1 << 24, size):
+            while block := os.pread(self._file, 1 << 24, size):
                 units = np.frombuffer(block, unit, len(block) // width)
                 newlines.append(size + width * np.flatnonzero(units == ord("\n")))
                 size += len(block)
@@ -100,7 +91,7 @@ class LineFile:
 
     def __getitem__(self, index):
         start, end = self._spans[index].tolist()
-        return read_at(self._file, end - start, start).decode(*self._decoding).strip()
+        return os.pread(self._file, end - start, start).decode(*self._decoding).strip()
 
     def __reduce__(self):
         return LineFile, (self.path, self.skip_blank)

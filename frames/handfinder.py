@@ -1,6 +1,5 @@
 """Finding the hand in a depth frame: a small network judges places on every surface."""
 
-import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from torch import nn
 
 from frames.cameras import FARTHEST_MM
 from frames.transforms import Camera, center_of_mass, cut_bounding_box, uvd2xyz, xyz2uvd
-from utils import UserError
+from utils import UserError, load_torch
 
 WEIGHTS = Path(__file__).parents[1] / "Model" / "handfinder.pt"  # tools/train_handfinder.py makes it
 
@@ -29,7 +28,7 @@ SAME_PLACE_MM = 30.0
 # The judge sees a place's surroundings, so far to each side and in depth, as a crop of so many pixels.
 REACH_MM, CROP_PX = 200.0, 40
 JUDGED_TWICE = 4
-NEAREST_MM = 80.0
+LEAST_DEPTH_MM = 80.0  # no middle is taken to be nearer
 LEAST_LIKENESS = 2.5
 
 # Surely a hand: whatever is likelier is no better.
@@ -182,9 +181,7 @@ def load_judge():
     """Return the trained Judge. Raises UserError where its file is missing or damaged."""
     network, advice = Judge(), "restore it with git, or run `python -m tools.train_handfinder`"
     try:
-        if zipfile.ZipFile(WEIGHTS).testzip():  # which torch itself does not look at
-            raise ValueError("wrong checksum")
-        network.load_state_dict(torch.load(WEIGHTS, weights_only=True)["state_dict"])
+        network.load_state_dict(load_torch(WEIGHTS)["state_dict"])
     except Exception as error:  # torch raises errors of any kind at changed bytes
         reason = " ".join(str(error).split())[:80]
         raise UserError(f"the hand finder's {WEIGHTS} cannot be used ({reason}): {advice}") from None
@@ -197,5 +194,5 @@ def judge(picture, places):
     crops = torch.from_numpy(crops_around(picture, places))[:, None]
     logits, offsets = load_judge()(crops.contiguous(memory_format=torch.channels_last))
     middles = places + REACH_MM * offsets.double().numpy()
-    middles[:, 2] = np.maximum(middles[:, 2], NEAREST_MM)
+    middles[:, 2] = np.maximum(middles[:, 2], LEAST_DEPTH_MM)
     return logits.double().numpy(), middles

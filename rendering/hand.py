@@ -368,16 +368,3 @@ def move_to(hands: Hands, centre_xyz: Tensor) -> Hands:
     slope = -(elbow_xyz(hands) - hands.wrist_mm)[:, 2] / hands.forearm_mm
     longest = torch.where(slope > 0, (hands.wrist_mm[:, 2] - 250) / slope, math.inf)
     return hands._replace(forearm_mm=torch.minimum(hands.forearm_mm, longest.clamp(min=40)))
-
-
-def between(start: Hands, end: Hands, share: Tensor) -> Hands:
-    """Move smoothly from one pose and place to another, share [B] in 0..1; the person stays start's."""
-    eased = (share * share * (3 - 2 * share))[:, None]
-    near = torch.where((start.rotation * end.rotation).sum(1, keepdim=True) < 0, -end.rotation, end.rotation)
-    rotation = start.rotation + eased * (near - start.rotation)
-    rotation = rotation / rotation.square().sum(1, keepdim=True).sqrt()
-    return start._replace(
-        angles=start.angles + eased * (end.angles - start.angles),
-        rotation=rotation,
-        wrist_mm=start.wrist_mm + eased * (end.wrist_mm - start.wrist_mm),
-    )

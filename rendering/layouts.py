@@ -22,7 +22,7 @@ import scipy.io
 import torch
 from tqdm import tqdm
 
-from check_dataset import MSRA_GESTURES
+from datasets import MSRADataset
 from frames.transforms import xyz2uvd
 from rendering.hand import joints_xyz
 from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
@@ -134,7 +134,8 @@ def frame_path(layout: str, split: str, number: int) -> str:
         sequence, place = (1 + number % 2, number // 2) if number < 2 * 702 else (2, number - 702)
         return f"Testing/Depth/test_seq_{sequence}/image_{place:04d}.png"
     subject, rest = (1 + number % 8, number // 8) if split == "train" else (0, number)
-    gesture, place = MSRA_GESTURES[rest % len(MSRA_GESTURES)], rest // len(MSRA_GESTURES)
+    gestures = MSRADataset.gestures
+    gesture, place = gestures[rest % len(gestures)], rest // len(gestures)
     return f"P{subject}/{gesture}/{place:06d}_depth.bin"
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datasets import DATASETS
 from frames.cameras import PRESETS
 from frames.transforms import Camera
 
@@ -42,7 +41,8 @@ class Sensor(NamedTuple):
 
 
 def _of(name: str, **qualities) -> Sensor:
-    return Sensor(DATASETS[name].camera, DATASETS[name].picture_px, **qualities)
+    preset = PRESETS[name]
+    return Sensor(preset.camera, preset.size_px, unit_mm=preset.unit_mm, **qualities)
 
 
 # NYU: Kinect 1; its frames say 2001 where nothing was measured. ICVL (its labels are those of left hands) and
@@ -77,12 +77,10 @@ SENSORS = {
         body=0.6,
         wall=0.2,
     ),
-    "SR305": Sensor(
-        PRESETS["SR305"].camera,
-        PRESETS["SR305"].size_px,
+    "SR305": _of(
+        "SR305",
         hand_mm=(450, 650),
         far_mm=960,
-        unit_mm=PRESETS["SR305"].unit_mm,
         noise_per_m2=1.8,
         baseline_mm=26,
         gap_px=4,

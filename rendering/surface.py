@@ -53,22 +53,11 @@ def _facets(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.cat(sides, 1)
 
 
-def crop_intrinsics(intrinsics: Tensor, boxes_px: Tensor, size_px: tuple) -> Tensor:
-    """Return intrinsics [B, 4] (fx, fy, u0, v0) of crops resized to size_px (width, height).
-
-    boxes_px [B, 4] holds left, top, width, height in the whole picture; pixel centres are at integers, and
-    corners of picture and crop meet, as in OpenCV's INTER_LINEAR.
-    """
-    scale = boxes_px.new_tensor(size_px) / boxes_px[:, 2:]
-    fx_fy, centre = intrinsics[..., :2], intrinsics[..., 2:]
-    return torch.cat((fx_fy * scale, (centre + 0.5 - boxes_px[:, :2]) * scale - 0.5), -1)
-
-
 def render_depth(surface: Surface, intrinsics: Tensor, size_px: tuple) -> Tensor:
     """Return the depth (z, mm) [B, height, width] of the nearest surface, inf where none is.
 
-    intrinsics: fx, fy, u0, v0 as [4] or [B, 4], those of crops from `crop_intrinsics`; size_px: (width,
-    height). Primitives nearer than NEAR_MM are left out.
+    intrinsics: fx, fy, u0, v0 as [4] or [B, 4]; size_px: (width, height). Primitives nearer than NEAR_MM are
+    left out.
     """
     width, height = size_px
     picture = surface.spheres.new_full((len(surface.spheres) * height * width,), math.inf)

@@ -13,12 +13,40 @@ from frames import handfinder
 from frames.cameras import parse_camera, read_depth
 from frames.handfinder import Judge, find_center
 from frames.transforms import Camera, Frame, uvd2xyz, xyz2uvd
-from rendering.hand import Noise, between, draw_hands, elbow_xyz, move_to
+from rendering.hand import NOISE_COLUMNS, Noise, draw_hands, elbow_xyz, joints_xyz, move_to
 from rendering.scene import SCENE_COLUMNS, add_background, render_scene
 from rendering.sensor import SENSORS, measure
 from tools import train_handfinder
 
 CAMERA = Camera(241.42, 241.42, 160, 120)
+
+
+def between(start, end, share):
+    """Move Hands smoothly from one pose and place to another, share [B] in 0..1; the person stays start's."""
+    eased = (share * share * (3 - 2 * share))[:, None]
+    near = torch.where((start.rotation * end.rotation).sum(1, keepdim=True) < 0, -end.rotation, end.rotation)
+    rotation = start.rotation + eased * (near - start.rotation)
+    rotation = rotation / rotation.square().sum(1, keepdim=True).sqrt()
+    return start._replace(
+        angles=start.angles + eased * (end.angles - start.angles),
+        rotation=rotation,
+        wrist_mm=start.wrist_mm + eased * (end.wrist_mm - start.wrist_mm),
+    )
+
+
+def test_a_sequence_moves_smoothly_between_poses():
+    start, end = (
+        draw_hands(Noise(torch.rand(1, NOISE_COLUMNS, generator=torch.Generator().manual_seed(seed))))
+        for seed in (1, 2)
+    )
+    start, end = (move_to(one, torch.tensor([[0.0, 0.0, 600.0]])) for one in (start, end))
+    shares = torch.linspace(0, 1, 61)
+    repeated = [type(h)(*(field.expand(61, *field.shape[1:]) for field in h)) for h in (start, end)]
+    path = joints_xyz(between(*repeated, shares))
+    assert torch.allclose(path[0], joints_xyz(start)[0], atol=1e-3)
+    steps_mm = (path[1:] - path[:-1]).norm(dim=-1)
+    assert steps_mm.max() < 4 * (path[-1] - path[0]).norm(dim=-1).max() / 60 + 10
+    assert torch.allclose(between(start, end, torch.ones(1)).angles, end.angles)
 
 
 def render_sequence(count, seed=0, poses=6, chunk=6):
