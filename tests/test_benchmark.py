@@ -8,14 +8,16 @@ import pytest
 
 from check_dataset import build_cache
 from tools import benchmark
-from tools.benchmark import format_rows, timed, to_row
+from tools.benchmark import timed, to_row
 
 
 @pytest.mark.slow
 def test_it_measures_a_data_set_and_the_network(fresh_indexed, tmp_path, capsys, monkeypatch):
     roots = {name: fresh_indexed(name) for name in benchmark.DATASETS}
     build_cache("NYU", roots["NYU"])
-    monkeypatch.setattr(benchmark, "limit_flops", lambda *_: (1e12, 0.0))
+    monkeypatch.setattr(
+        benchmark, "limit_row", lambda *_: benchmark.Row("matrix product", 1e3, "GFLOP/s", 0.0)
+    )
     monkeypatch.setattr(benchmark, "loader_rows", lambda *_: [])
     small = "--features 32 --stages 1 --level 2".split()
     parse_train = benchmark.parse_train
@@ -26,15 +28,14 @@ def test_it_measures_a_data_set_and_the_network(fresh_indexed, tmp_path, capsys,
     table = capsys.readouterr().out
     rows = {row["part"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     assert "NYU training samples, cache" in rows and "HAND17 training samples, cache" not in rows
-    assert {"targets, batch 32", "training bfloat16 eager, batch 1", "inference, best batch"} <= set(rows)
+    assert {"targets, batch 32", "training bfloat16 eager, batch 1", "inference eager, batch 1"} <= set(rows)
     assert all(row["value"] > 0 and row["part"] in table for row in rows.values())
 
 
-def test_a_rate_and_a_time_keep_their_relative_spread():
+def test_a_rate_keeps_its_relative_spread():
     timing = Mock(median=0.5, iqr=0.1)
-    assert to_row(timing, "part", "samples/s", 8)[:4] == ("part", 16.0, "samples/s", pytest.approx(1.6))
-    assert to_row(timing, "part", "ms")[:4] == ("part", 500.0, "ms", pytest.approx(50.0))
-    assert "part" in format_rows([to_row(timing, "part", "ms")])
+    row = to_row(timing, "part", "samples/s", 8)
+    assert row[:4] == ("part", 16.0, "samples/s", pytest.approx(1.6)) and str(row).startswith("part ")
 
 
 def test_functions_take_turns_and_a_slow_one_is_measured_as_such():

@@ -16,6 +16,7 @@ import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,17 +37,14 @@ from engine.state import build_optimizer
 from engine.training import build_network
 from frames.files import read_bytes
 from frames.samples import Sample
-from model import losses, spatial_form
+from model import spatial_form
 from rendering.layouts import write_dataset
 from tools.export import make_crops
 from utils import atomic_path, run, usable_cores
 
 JOINTS = 21
 FRAMES = 16  # of each rendered data set; looped over, so that they are in the page cache
-CASES = {  # precision: (command-line words, dtype of the products)
-    "float32": ([], torch.float32),
-    "bfloat16": (["--mixed_precision"], torch.bfloat16),
-}
+PRECISIONS = {"float32": [], "bfloat16": ["--mixed_precision"]}  # words for train.py's command line
 MODES = {"eager": [], "compiled": ["--compile"]}
 
 
@@ -59,11 +57,16 @@ class Row(NamedTuple):
     spread: float
     remark: str = ""
 
+    def __str__(self):
+        return (
+            f"{self.part:38}  {self.value:10.4g} {self.unit:14} +- {self.spread:<9.2g} {self.remark}".rstrip()
+        )
 
-def to_row(timing, part, unit, work=1.0, remark=""):
-    """Return a Row of the rate at which a Measurement did `work`, or of its time where the unit is `ms`."""
-    value = 1e3 * timing.median if unit == "ms" else work / timing.median
-    return Row(part, value, unit, timing.iqr / 2 / timing.median * value, remark)
+
+def to_row(timing, part, unit, work, remark=""):
+    """Return a Row of the rate at which a Measurement did `work`."""
+    rate = work / timing.median
+    return Row(part, rate, unit, timing.iqr / 2 / timing.median * rate, remark)
 
 
 def timed(functions, repeats, clock=timer):
@@ -77,14 +80,13 @@ def timed(functions, repeats, clock=timer):
     return [Measurement.merge(measured)[0] for measured in zip(*turns)]
 
 
-def data_folders(given, folder, frames):
+def data_folders(given, folder):
     """Yield (name, root) of every data set: the folders given, and rendered ones."""
     for name in DATASETS:
         root = given.get(name)
         if root is None:
             root = folder / name
-            # Training frames of all eight MSRA subjects, and as many for the rest.
-            write_dataset(name, {"train": max(frames, 8), "test": 4}, 1, root, 2)
+            write_dataset(name, {"train": FRAMES, "test": 4}, 1, root, 2)
             build_index(name, root)
             build_cache(name, root)
         yield name, root
@@ -97,25 +99,18 @@ def loading_rows(name, root, repeats):
     )
     numbers = range(min(FRAMES, len(files)))
     source = next(iter(open_parts(name, root).values()))
-    functions = [
-        lambda: [decode_alone(files, i) for i in numbers],
-        lambda: [files[i, i] for i in numbers],
-        lambda: [judge(source, i % len(source)) for i in numbers],
-    ]
+    works = {
+        "files alone": lambda: [decode_alone(files, i) for i in numbers],
+        "training samples, files": lambda: [files[i, i] for i in numbers],
+        "index": lambda: [judge(source, i % len(source)) for i in numbers],
+    }
     if cached.cache:
-        functions.append(lambda: [cached[i, i] for i in numbers])
-    decoding, uncached, index, *rest = timed(functions, repeats, time.process_time)
-    count = len(numbers)
-    yield to_row(index, f"{name} index", "frames/s/core", count)
-    yield to_row(decoding, f"{name} files alone", "frames/s/core", count)
-    slower = f"{uncached.median / decoding.median:.2f} x the time of the files alone"
-    yield to_row(uncached, f"{name} training samples, files", "samples/s/core", count, slower)
-    for timing in rest:
-        milliseconds = f"{1e3 * timing.median / count:.3f} ms, "
-        faster = f"{decoding.median / timing.median:.1f} x the files alone"
-        yield to_row(
-            timing, f"{name} training samples, cache", "samples/s/core", count, milliseconds + faster
-        )
+        works["training samples, cache"] = lambda: [cached[i, i] for i in numbers]
+    timings = timed(works.values(), repeats, time.process_time)
+    alone = timings[0].median
+    for part, timing in zip(works, timings):
+        remark = f"{1e3 * timing.median / len(numbers):.3f} ms, {timing.median / alone:.2f} x the files alone"
+        yield to_row(timing, f"{name} {part}", "frames/s/core", len(numbers), remark)
 
 
 def decode_alone(frames, index):
@@ -126,14 +121,13 @@ def decode_alone(frames, index):
     return np.frombuffer(read_bytes(path), "<f4")
 
 
-def loader_rows(name, root, workers, repeats):
+def loader_rows(name, root, repeats):
     """Yield Rows of the DataLoader's rate over numbers of workers, with the cache where there is one."""
     dataset = DATASETS[name](path=root, dataset="train", targets=False)
-    cpu = torch.device("cpu")
     numbers = np.resize(np.arange(len(dataset)), 1024)
-    for count in workers:
+    for count in sorted({0, 1, usable_cores()}):
         args = argparse.Namespace(num_workers=count)
-        loader = make_loader(dataset, EpochSampler(numbers, 32, seed=1), args, cpu, 32)
+        loader = make_loader(dataset, EpochSampler(numbers, 32, seed=1), args, torch.device("cpu"), 32)
         (timing,) = timed([lambda loader=loader: sum(1 for _ in batches_of(loader))], repeats)
         yield to_row(timing, f"{name} DataLoader, {count} workers", "samples/s", len(numbers))
 
@@ -152,50 +146,50 @@ def random_batch(size, device):
 def target_row(device, repeats):
     """Return the Row of making heatmaps and depth maps on the device."""
     batch = random_batch(32, device)
-    work = lambda: spatial_form(batch.uvd, batch.label_img, batch.mask)  # noqa: E731
-    return to_row(timed([work], repeats)[0], "targets, batch 32", "samples/s", 32)
+    (timing,) = timed([lambda: spatial_form(batch.uvd, batch.label_img, batch.mask)], repeats)
+    return to_row(timing, "targets, batch 32", "samples/s", 32)
 
 
-def limit_flops(device, dtype, repeats):
-    """Return the FLOP/s, median and spread, of a large matrix product, which no network exceeds.
+def limit_row(device, precision, repeats):
+    """Return the Row of a large matrix product, whose rate no network exceeds.
 
     It is done as a 1 x 1 convolution too, by the library that does convolutions; the faster one counts.
     """
     edge = 8192 if device.type == "cuda" else 2048
+    dtype = getattr(torch, precision)
     left, right = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
     pixels, kernels = left.view(1, -1, 64, edge).permute(0, 3, 1, 2), right.T[:, :, None, None].contiguous()
     products = [lambda: left @ right, lambda: torch.nn.functional.conv2d(pixels, kernels)]
     timing = min(timed(products, repeats), key=lambda one: one.median)
-    return to_row(timing, "", "FLOP/s", 2 * edge**3)[1:4:2]
+    return to_row(timing, f"matrix product, {precision}", "GFLOP/s", 2e-9 * edge**3, "the arithmetic limit")
 
 
-def counted_flops(function):
-    """Return the floating-point operations of a call's products and convolutions."""
+def counted_gflop(function):
+    """Return the floating-point operations of a call's products and convolutions, in 10^9."""
     with FlopCounterMode(display=False) as counter:
         function()
-    return counter.get_total_flops()
+    return counter.get_total_flops() / 1e9
 
 
-def training_rows(device, batch_sizes, precisions, modes, repeats):
-    """Yield Rows of one training step by precision, batch size and mode, beside a plain float32 step."""
-    for precision in precisions:
-        words, dtype = CASES[precision]
-        limit, spread = limit_flops(device, dtype, repeats)
-        product = f"matrix product, {precision}"
-        yield Row(product, limit / 1e9, "GFLOP/s", spread / 1e9, "the arithmetic limit")
-        for size in batch_sizes:
-            plain = plain_step(device, size)
-            flops = counted_flops(plain)
-            steps = [training_step(device, size, words + MODES[mode]) for mode in modes]
-            base, *timings = timed([plain, *steps], repeats)
-            if precision == "float32":
-                yield to_row(base, f"training plain, batch {size}", "samples/s", size)
-            for mode, step, timing in zip(modes, steps, timings):
-                share = f"{flops / timing.median / limit:.0%} of the limit, {peak_memory(device, step)}"
-                times = f"{base.median / timing.median:.2f} x the plain step, "
-                yield to_row(
-                    timing, f"training {precision} {mode}, batch {size}", "samples/s", size, times + share
-                )
+def training_rows(device, batch_sizes, modes, limits, repeats):
+    """Yield Rows of one training step by batch size, precision and mode, beside a plain float32 step."""
+    cases = [(precision, mode) for precision in PRECISIONS for mode in modes]
+    for size in batch_sizes:
+        plain = plain_network(device)
+        unfused = torch.optim.AdamW(plain.parameters(), fused=False)
+        steps = [training_step(plain, unfused, size, parse_train("", []))]
+        for precision, mode in cases:
+            args = parse_train("", PRECISIONS[precision] + MODES[mode])
+            network = build_network(args, JOINTS, device)
+            steps.append(training_step(network, build_optimizer(args, network.parameters()), size, args))
+        gflop = counted_gflop(steps[0])
+        base, *timings = timed(steps, repeats)
+        yield to_row(base, f"training plain, batch {size}", "samples/s", size)
+        for (precision, mode), timing in zip(cases, timings):
+            times = f"{base.median / timing.median:.2f} x the plain step"
+            share = f"{gflop / timing.median / limits[precision].value:.0%} of the limit"
+            part = f"training {precision} {mode}, batch {size}"
+            yield to_row(timing, part, "samples/s", size, f"{times}, {share}")
 
 
 def plain_network(device):
@@ -203,101 +197,60 @@ def plain_network(device):
     return build_network(parse_train("", []), JOINTS, device).to(memory_format=torch.contiguous_format)
 
 
-def plain_step(device, batch_size):
-    """Return a function that takes a step of the plain network with an optimiser that fuses nothing."""
-    network = plain_network(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), fused=False)
-    batch = random_batch(batch_size, device)
-
-    def step():
-        optimizer.zero_grad()
-        terms = losses(network(*batch[:3]), batch.uvd)
-        terms["coordinate"].backward()
-        optimizer.step()
-
-    return step
-
-
-def training_step(device, batch_size, words):
-    """Return a function that takes one optimiser step of the default network on a batch of noise."""
-    args = parse_train("", words)
-    network = build_network(args, JOINTS, device).train()
-    optimizer = build_optimizer(args, network.parameters())
-    batch = random_batch(batch_size, device)
+def training_step(network, optimizer, batch_size, args):
+    """Return a function that takes one optimiser step of a network on a batch of noise."""
+    batch = random_batch(batch_size, next(network.parameters()).device)
+    network.train()
     return lambda: train_step(network, optimizer, batch, args)
 
 
 @torch.no_grad()
-def inference_rows(device, network, batch_sizes, modes, repeats):
-    """Yield Rows of the latency of one frame, plain and prepared, and of the best batch's throughput."""
-    limit, _ = limit_flops(device, torch.float32, repeats)
-    most = max(1, *batch_sizes)
-    crops = make_crops(DATASETS["HAND17"], network.param["label_size"], most)
-    frames = [crops[k % len(crops)] for k in range(most)]
-    best = None
+def inference_rows(device, network, batch_sizes, modes, limit, repeats):
+    """Yield Rows of inference by batch size, plain and prepared; what `prepare` rounds is said."""
+    crops = make_crops(DATASETS["HAND17"], network.param["label_size"], max(batch_sizes))
     for size in sorted({1, *batch_sizes}):
-        inputs = [torch.stack(field).to(device) for field in list(zip(*frames[:size]))[:3]]
-        counts = [COMPILE_FRAMES[device.type] if mode == "compiled" else 0 for mode in modes]
-        # Whatever its rounding is, it is timed, and said.
-        forwards = [network, *(prepare(network, device, count, tolerance_mm=math.inf) for count in counts)]
-        works = [lambda forward=forward, inputs=inputs: forward(*inputs) for forward in forwards]
+        inputs = [torch.stack(field).to(device) for field in list(zip(*crops[:size]))[:3]]
+        frames = {"eager": 0, "compiled": COMPILE_FRAMES[device.type]}
+        forwards = [prepare(network, device, frames[mode], tolerance_mm=math.inf) for mode in modes]
+        works = [partial(forward, *inputs) for forward in (network, *forwards)]
+        gflop, exact = counted_gflop(works[0]), works[0]()[-1].uvd
         base, *timings = timed(works, repeats)
-        if size == 1:
-            flops, exact = counted_flops(works[0]), works[0]()[-1].uvd
-            yield to_row(base, "inference plain, one frame", "ms", remark=f"{flops / 1e9:.1f} GFLOP")
+        plain = f"{1e3 * base.median:.1f} ms, {gflop:.1f} GFLOP"
+        yield to_row(base, f"inference plain, batch {size}", "frames/s", size, plain)
         for mode, work, timing in zip(modes, works[1:], timings):
-            if size == 1:
-                times = f"{base.median / timing.median:.2f} x as fast as plain"
-                moved = f"{times}, answers within {moved_mm(exact, work().uvd):.4f} mm"
-                yield to_row(timing, f"inference {mode}, one frame", "ms", remark=moved)
-            share = f"{mode}, batch {size}, {flops * size / timing.median / limit:.0%} of the float32 limit"
-            row = to_row(
-                timing, "inference, best batch", "frames/s", size, f"{share}, {peak_memory(device, work)}"
-            )
-            best = row if best is None or row.value > best.value else best
-    yield best
+            share = f"{gflop / timing.median / limit.value:.0%} of the float32 limit"
+            times = f"{1e3 * timing.median:.1f} ms, {base.median / timing.median:.2f} x as fast as plain"
+            moved = f"{times}, {share}, answers within {moved_mm(exact, work().uvd):.4f} mm"
+            yield to_row(timing, f"inference {mode}, batch {size}", "frames/s", size, moved)
 
 
-def peak_memory(device, work):
-    """Return in words the most memory held: on the GPU during a call of `work`, else by the process ever."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
-    return f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of the process"
-
-
-def all_rows(args):
+def all_rows(args, device):
     """Yield every Row that the options ask for."""
-    device = resolve_device(args.device)
     if "loading" in args.parts:
         cv2.setNumThreads(0)
         with tempfile.TemporaryDirectory() as folder:
-            for name, root in data_folders(dict(args.data), Path(folder), args.frames):
+            for name, root in data_folders(dict(args.data), Path(folder)):
                 yield from loading_rows(name, root, args.repeats)
-                yield from loader_rows(name, root, sorted({0, 1, usable_cores()}), max(1, args.repeats // 5))
+                yield from loader_rows(name, root, max(1, args.repeats // 5))
     if "network" in args.parts:
         batch_sizes = args.batch_sizes or ([32, 64, 128] if device.type == "cuda" else [8])
+        limits = {precision: limit_row(device, precision, args.repeats) for precision in PRECISIONS}
+        yield from limits.values()
         yield target_row(device, args.repeats)
-        yield from training_rows(device, batch_sizes, args.precisions, args.modes, args.repeats)
+        yield from training_rows(device, batch_sizes, args.modes, limits, args.repeats)
         network = load_network(args.model, "HAND17").to(device) if args.model else plain_network(device)
-        yield from inference_rows(device, network.eval(), batch_sizes, args.modes, args.repeats)
-
-
-def format_rows(rows):
-    """Return the table as text."""
-    width = max(len(row.part) for row in rows)
-    return "\n".join(
-        f"{row.part:{width}}  {row.value:10.4g} {row.unit:14} +- {row.spread:<9.2g} {row.remark}".rstrip()
-        for row in rows
-    )
+        limit = limits["float32"]
+        yield from inference_rows(device, network.eval(), batch_sizes, args.modes, limit, args.repeats)
 
 
 def machine(device):
-    """Return what the numbers were measured on."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    """Return what the numbers were measured on, and the most memory that was held."""
+    if device.type == "cuda":
+        gpu, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    else:
+        gpu, peak = "no GPU", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     versions = f"torch {torch.__version__}, OpenCV {cv2.__version__}"
-    return f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, {versions}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, {versions}, peak {peak / 2**30:.2f} GiB"
 
 
 def parse(argv=None):
@@ -308,13 +261,9 @@ def parse(argv=None):
     parser.add_argument(
         "--data", type=_folder, action="append", default=[], metavar="NAME=DIR", help="a data set with index"
     )
-    parser.add_argument("--frames", type=int, default=FRAMES, help="training frames of a rendered data set")
     parser.add_argument("--repeats", type=int, default=20, help="measurements of a row, each after a warm-up")
     parser.add_argument("--parts", nargs="+", choices=("loading", "network"), default=["loading", "network"])
-    parser.add_argument(
-        "--precisions", nargs="+", choices=CASES, default=list(CASES), help="of the training step"
-    )
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of network")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the network")
     parser.add_argument(
         "--model", type=Path, help="checkpoint for inference (default: random weights, which round worse)"
     )
@@ -332,13 +281,11 @@ def _folder(text):
 def main(argv=None):
     """Measure, print the table and write the JSON."""
     args = parse(argv)
-    device = resolve_device(args.device)
-    rows = []
-    for row in all_rows(args):
-        print(format_rows([row]), file=sys.stderr)
+    device, rows = resolve_device(args.device), []
+    for row in all_rows(args, device):
+        print(row, flush=True)
         rows.append(row)
     print(machine(device))
-    print(format_rows(rows))
     if args.json:
         record = {"machine": machine(device), "rows": [row._asdict() for row in rows]}
         with atomic_path(args.json) as temporary:
