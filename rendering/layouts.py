@@ -7,11 +7,11 @@ how many processes render them.
 import io
 import os
 import shutil
-import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -31,34 +31,21 @@ from utils import UserError, start_worker
 
 SPLITS = ("train", "test")
 CHUNK = 25  # frames that one task renders
-FEWEST = {
-    "NYU": (1, 1),
-    "ICVL": (1, 2),
-    "MSRA": (8, 1),
-    "HAND17": (1, 1),
-}  # train, test: no subject or sequence empty
+# Training and test frames, so that no subject or sequence is empty.
+FEWEST = {"NYU": (1, 1), "ICVL": (1, 2), "MSRA": (8, 1), "HAND17": (1, 1)}
 # Three times as fast as OpenCV's defaults at this level, and smaller.
 PNG_OPTIONS = [
-    cv2.IMWRITE_PNG_COMPRESSION,
-    1,
-    cv2.IMWRITE_PNG_STRATEGY,
-    cv2.IMWRITE_PNG_STRATEGY_RLE,
-    cv2.IMWRITE_PNG_FILTER,
-    cv2.IMWRITE_PNG_FILTER_UP,
+    *(cv2.IMWRITE_PNG_COMPRESSION, 1),
+    *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
+    *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP),
 ]
 MAT_HEADER = b"MATLAB 5.0 MAT-file, synthetic hands".ljust(116)  # scipy would write the time of day
 
-# Index 1 + 4 * finger + joint of the 21 joints of hand.py, fingers from the thumb, joints from the base to
-# the tip.
-FINGERS = {
-    name: range(1 + 4 * k, 5 + 4 * k) for k, name in enumerate(("thumb", "index", "middle", "ring", "little"))
-}
-MSRA_ORDER = [0, *(j for name in ("index", "middle", "ring", "little", "thumb") for j in FINGERS[name])]
-HAND17_ORDER = [
-    0,
-    *(chain[0] for chain in FINGERS.values()),
-    *(j for chain in FINGERS.values() for j in chain[1:]),
-]
+# Which of the 21 joints of hand.py are a finger's, from the base to the tip.
+NAMES = ("thumb", "index", "middle", "ring", "little")
+FINGERS = {name: range(1 + 4 * k, 5 + 4 * k) for k, name in enumerate(NAMES)}
+MSRA_ORDER = [0, *(j for name in (*NAMES[1:], "thumb") for j in FINGERS[name])]
+HAND17_ORDER = [0, *(1 + 4 * k for k in range(5)), *(j for chain in FINGERS.values() for j in chain[1:])]
 
 
 class Rendered(NamedTuple):
@@ -90,32 +77,21 @@ def render_frames(layout: str, seed: int, split: str, numbers: range) -> list[Re
 def _measured(exact_mm: torch.Tensor, sensor: Sensor, noise: torch.Generator) -> torch.Tensor:
     """Measure the part of a picture [height, width] that holds anything; the rest stays missing."""
     measured = torch.full_like(exact_mm, sensor.missing_mm)
-    left, top, width, height = _bounding_rect((exact_mm < sensor.far_mm).numpy())
+    left, top, width, height = cv2.boundingRect((exact_mm < sensor.far_mm).numpy().view(np.uint8))
     if width:
         part = slice(top, top + height), slice(left, left + width)
         measured[part] = measure(exact_mm[part][None], sensor, sensor.camera.fx, noise)[0]
     return measured
 
 
-def _bounding_rect(mask: np.ndarray) -> tuple:
-    """Return left, top, width and height of what is True in [H, W]; zeros where nothing is."""
-    return cv2.boundingRect(mask.view(np.uint8))
-
-
 def _rendered(depth_mm: np.ndarray, hand: np.ndarray, exact_mm: np.ndarray, joints: np.ndarray) -> Rendered:
-    rect = left, top, width, height = _bounding_rect(hand)
-    if not width:  # hidden behind the arm
-        return Rendered(depth_mm, hand, joints, np.zeros(3), rect)
-    right, bottom = left + width, top + height
-    inside = hand[top:bottom, left:right]
-    v, u = np.nonzero(inside)
-    center = np.array(
-        [u.mean() + left, v.mean() + top, exact_mm[top:bottom, left:right][inside].mean(dtype=np.float64)]
-    )
-    measured = np.zeros_like(hand)
-    near = np.abs(depth_mm[top:bottom, left:right] - exact_mm[top:bottom, left:right]) < 30
-    measured[top:bottom, left:right] = inside & near
-    return Rendered(depth_mm, measured, joints, center, rect)
+    """Return the Rendered of a hand that the exact picture shows at `hand`; hidden, its centre is zeros."""
+    v, u = np.nonzero(hand)
+    center = np.zeros(3)
+    if len(v):
+        center = np.array([u.mean(), v.mean(), exact_mm[hand].mean(dtype=np.float64)])
+    measured = hand & (np.abs(depth_mm - exact_mm) < 30)
+    return Rendered(depth_mm, measured, joints, center, cv2.boundingRect(hand.view(np.uint8)))
 
 
 def frame_path(layout: str, split: str, number: int) -> str:
@@ -147,18 +123,13 @@ def encode(layout: str, frame: Rendered) -> bytes:
     if layout == "NYU":  # depth = 256 * green + blue; OpenCV's order is blue, green, red
         low_high = picture.view(np.uint8).reshape(*picture.shape, 2)
         picture = cv2.merge([*cv2.split(low_high), np.zeros_like(low_high[..., 0])])
-    done, data = cv2.imencode(".png", picture, PNG_OPTIONS)
-    if not done:
-        raise UserError("OpenCV cannot write PNG files")
-    return data.tobytes()
+    return cv2.imencode(".png", picture, PNG_OPTIONS)[1].tobytes()
 
 
 def _msra_bytes(depth_mm: np.ndarray) -> bytes:
-    rows, columns = np.nonzero(depth_mm)
-    top, bottom = (rows.min(), rows.max() + 1) if len(rows) else (0, 1)
-    left, right = (columns.min(), columns.max() + 1) if len(rows) else (0, 1)
-    height, width = depth_mm.shape
-    header = np.array([width, height, left, top, right, bottom], "<i4")
+    left, top, width, height = cv2.boundingRect((depth_mm != 0).view(np.uint8))
+    right, bottom = left + max(width, 1), top + max(height, 1)  # at least a pixel
+    header = np.array([*depth_mm.shape[::-1], left, top, right, bottom], "<i4")
     return header.tobytes() + depth_mm[top:bottom, left:right].tobytes()
 
 
@@ -201,18 +172,21 @@ def write_labels(
     paths = [frame_path(layout, split, number) for number in range(len(joints))]
     if layout == "NYU":
         _write_mat(folder / split / "joint_data.mat", nyu_joints(joints), camera)
-        _write_rows(folder / f"nyu_center_{split}.txt", centers)
+        (folder / f"nyu_center_{split}.txt").write_text(_text(centers))
     elif layout == "HAND17":
         _write_hand17(folder, split, paths, joints[:, HAND17_ORDER], rects)
-        _write_rows(folder / f"hands17_center_{split}.txt", centers)
+        (folder / f"hands17_center_{split}.txt").write_text(_text(centers))
     elif layout == "ICVL":
         _write_icvl(folder, split, paths, xyz2uvd(icvl_joints(joints), camera), centers)
     else:
         _write_msra(folder, paths, joints[:, MSRA_ORDER] * (1, -1, -1))
 
 
-def _write_rows(path: Path, rows: np.ndarray) -> None:
-    path.write_text("".join(" ".join(f"{number:.3f}" for number in row) + "\n" for row in rows))
+def _text(frames: np.ndarray, names: list | None = None, number: str = " %.3f") -> str:
+    """Return a line of numbers for each of [N, ...] frames, behind its name where there are names."""
+    rows = np.reshape(frames, (len(frames), -1)).tolist()
+    lines = ["".join(number % value for value in row) for row in rows]
+    return "".join(f"{name}{line}\n".lstrip() for name, line in zip(names or repeat(""), lines))
 
 
 def _write_mat(path: Path, joints: np.ndarray, camera: tuple) -> None:
@@ -226,72 +200,58 @@ def _write_mat(path: Path, joints: np.ndarray, camera: tuple) -> None:
 
 def _write_hand17(folder: Path, split: str, paths: list, joints: np.ndarray, rects: list) -> None:
     names = [Path(path).name for path in paths]
-    annotation = "".join(
-        "\t".join([name, *(f"{number:.4f}" for number in row)]) + "\n"
-        for name, row in zip(names, joints.reshape(-1, 63))
-    )
+    annotation = _text(joints, names, "\t%.4f")
     if split == "train":
         (folder / "training" / "Training_Annotation.txt").write_text(annotation)
         return
     (folder / "frame" / "test_annotation.txt").write_text(annotation)  # the official test has no labels
-    boxes = "".join("\t".join([name, *map(str, rect)]) + "\n" for name, rect in zip(names, rects))
-    (folder / "frame" / "BoundingBox.txt").write_text(boxes)
+    (folder / "frame" / "BoundingBox.txt").write_text(_text(rects, names, "\t%d"))
 
 
 def _write_icvl(folder: Path, split: str, paths: list, joints_uvd: np.ndarray, centers: np.ndarray) -> None:
     names = ["/".join(Path(path).parts[-2:]) for path in paths]
-    lines = [
-        " ".join([name, *(f"{number:.3f}" for number in row)]) + "\n"
-        for name, row in zip(names, joints_uvd.reshape(-1, 48))
-    ]
     if split == "train":
-        (folder / "Training" / "labels.txt").write_text("".join(lines))
+        (folder / "Training" / "labels.txt").write_text(_text(joints_uvd, names))
         (folder / "icvl_train_list.txt").write_text("\n".join(names))
-        _write_rows(folder / "icvl_center_train.txt", centers)
+        (folder / "icvl_center_train.txt").write_text(_text(centers))
         return
-    for sequence in (1, 2):
-        own = [line for line in lines if line.startswith(f"test_seq_{sequence}/")]
-        (folder / "Testing" / f"test_seq_{sequence}.txt").write_text("".join(own))
+    places = np.array([int(Path(name).stem.removeprefix("image_")) for name in names])
+    in_second = np.array([name.startswith("test_seq_2/") for name in names])
+    for sequence, chosen in enumerate((~in_second, in_second), start=1):
+        own = [name for name, is_own in zip(names, chosen) if is_own]
+        (folder / "Testing" / f"test_seq_{sequence}.txt").write_text(_text(joints_uvd[chosen], own))
     # The second sequence's centres begin at line 702, however short the first one is.
-    rows = np.zeros((702 + sum(name.startswith("test_seq_2/") for name in names), 3))
-    for name, center in zip(names, centers):
-        number = int(Path(name).stem.removeprefix("image_"))
-        rows[number + (702 if name.startswith("test_seq_2/") else 0)] = center
-    _write_rows(folder / "icvl_center_test.txt", rows)
+    rows = np.zeros((702 + in_second.sum(), 3))
+    rows[places + 702 * in_second] = centers
+    (folder / "icvl_center_test.txt").write_text(_text(rows))
 
 
 def _write_msra(folder: Path, paths: list, joints: np.ndarray) -> None:
-    lines = {}
-    for path, row in zip(paths, joints.reshape(-1, 63)):
-        lines.setdefault(Path(path).parent, []).append(" ".join(f"{number:.3f}" for number in row) + "\n")
-    for parent, rows in lines.items():
-        (folder / parent / "joint.txt").write_text(f"{len(rows)}\n" + "".join(rows))
+    frames = {}
+    for path, row in zip(paths, joints):
+        frames.setdefault(Path(path).parent, []).append(row)
+    for parent, rows in frames.items():
+        (folder / parent / "joint.txt").write_text(f"{len(rows)}\n{_text(rows)}")
 
 
-def write_chunk(layout: str, seed: int, folder: Path, split: str, numbers: range) -> tuple[list, float]:
-    """Render and write frames; return their (joints, centre, rect) and the seconds of CPU time taken."""
+def write_chunk(layout: str, seed: int, folder: Path, split: str, numbers: range) -> list[tuple]:
+    """Render and write frames; return their (joints, centre, rect)."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    start = time.process_time()
     labels = []
     for number, frame in zip(numbers, render_frames(layout, seed, split, numbers)):
         path = folder / frame_path(layout, split, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(layout, frame))
         labels.append((frame.joints_xyz, frame.center_uvd, frame.rect))
-    return labels, time.process_time() - start
+    return labels
 
 
-def _write_chunks(layout: str, seed: int, counts: dict, folder: Path, processes: int):
-    """Yield (split, numbers, result of `write_chunk`) for all frames, in order."""
-    tasks = [
-        (split, range(start, min(start + CHUNK, counts[split])))
-        for split in SPLITS
-        for start in range(0, counts[split], CHUNK)
-    ]
-    write = partial(write_chunk, layout, seed, folder)
-    if min(processes, len(tasks)) == 1:
-        yield from ((*task, write(*task)) for task in tasks)
+@contextmanager
+def _mapping(processes: int):
+    """Yield a function like `map` that works in so many processes, or in this one for 1."""
+    if processes == 1:
+        yield map
         return
     # glibc would give the memory of every large tensor back to the system and fetch it again: a quarter of
     # the time.
@@ -300,30 +260,33 @@ def _write_chunks(layout: str, seed: int, counts: dict, folder: Path, processes:
     # Forking a process whose torch has started threads may hang: start fresh ones.
     with ProcessPoolExecutor(processes, get_context("spawn"), start_worker) as pool:
         try:
-            yield from ((*task, result) for task, result in zip(tasks, pool.map(write, *zip(*tasks))))
+            yield pool.map
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def write_frames(layout: str, seed: int, counts: dict, folder: Path, processes: int) -> float:
-    """Render and write all frames and labels; return the seconds of CPU time taken."""
-    labels, seconds = {split: [] for split in SPLITS}, 0.0
+def write_frames(layout: str, seed: int, counts: dict, folder: Path, processes: int) -> None:
+    """Render and write all frames and labels."""
+    tasks = [
+        (split, range(start, min(start + CHUNK, counts[split])))
+        for split in SPLITS
+        for start in range(0, counts[split], CHUNK)
+    ]
+    write, labels = partial(write_chunk, layout, seed, folder), {split: [] for split in SPLITS}
     with (
         tqdm(total=sum(counts.values()), desc=layout, unit="frame", mininterval=0.5) as bar,
-        closing(_write_chunks(layout, seed, counts, folder, processes)) as chunks,
+        _mapping(min(processes, len(tasks))) as mapped,
     ):
-        for split, numbers, (part, taken) in chunks:
+        for (split, _), part in zip(tasks, mapped(write, *zip(*tasks))):
             labels[split] += part
-            seconds += taken
-            bar.update(len(numbers))
+            bar.update(len(part))
     for split in SPLITS:
         joints, centers, rects = zip(*labels[split])
         write_labels(layout, folder, split, np.stack(joints), np.stack(centers), rects)
-    return seconds
 
 
-def write_dataset(layout: str, counts: dict, seed: int, out: Path, processes: int) -> float:
-    """Write a whole data set to `out`, which must not exist; return the seconds of CPU time taken.
+def write_dataset(layout: str, counts: dict, seed: int, out: Path, processes: int) -> None:
+    """Write a whole data set to `out`, which must not exist.
 
     It is written to `out`.partial and renamed when complete; on failure nothing stays. Raises UserError.
     """
@@ -332,19 +295,16 @@ def write_dataset(layout: str, counts: dict, seed: int, out: Path, processes: in
     unfinished = out.with_name(out.name + ".partial")
     try:
         unfinished.mkdir(parents=True)
+        try:
+            write_frames(layout, seed, counts, unfinished, processes)
+            unfinished.rename(out)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     except FileExistsError:
         raise UserError(
             f"{unfinished} exists: another run writes it, or one was killed; then remove it"
         ) from None
-    except OSError as error:
-        raise UserError(f"cannot write {unfinished}: {error.strerror}") from error
-    try:
-        seconds = write_frames(layout, seed, counts, unfinished, processes)
-        unfinished.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     except BrokenProcessPool:
         raise UserError(f"cannot write {out}: a rendering process was killed (out of memory?)") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return seconds
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
