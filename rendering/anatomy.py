@@ -46,13 +46,9 @@ LIMITS_DEG = {
     "wrist_deviation": (-30, 20),
 }
 ANGLES = (
-    "thumb_radial",
-    "thumb_palmar",
-    "thumb_mcp",
-    "thumb_ip",
+    *("thumb_radial", "thumb_palmar", "thumb_mcp", "thumb_ip"),
     *("mcp", "abduction", "pip", "dip") * 4,
-    "wrist_flexion",
-    "wrist_deviation",
+    *("wrist_flexion", "wrist_deviation"),
 )
 DIP_OVER_PIP = 2 / 3
 DIP_SPREAD_DEG = 4
@@ -175,14 +171,8 @@ BULGE = (0.03, 0.05, 0.03, 0.0)
 ARM_MM = ((9.5, 4.0), (19.0, 8.0))
 SLEEVE_MM = (10.0, 5.0)  # cloth and folds at the sleeve's end and at the elbow
 # Spheres of the surface: 4 a finger (0..19), then those that `_palm_spheres` and `_forearm_spheres` add.
-PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, WEBS = (
-    20,
-    21,
-    22,
-    23,
-    24,
-    (25, 26, 27),
-)
+PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR = range(20, 25)
+WEBS = range(25, 28)
 WRIST_R, WRIST_U, ELBOW_R, ELBOW_U, SLEEVE_R, SLEEVE_U = range(28, 34)
 # Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
 # Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
@@ -203,10 +193,7 @@ HAND_WEDGES = (
     (0, PALM_INDEX, WRIST_R),
     *((4 * k, 4 * k + 4, web) for k, web in enumerate(WEBS, start=1)),
 )
-HAND_CONES = tuple((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3)) + (
-    (0, THENAR),
-    (THENAR, 1),
-)
+HAND_CONES = (*((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3)), (0, THENAR), (THENAR, 1))
 ARM_WEDGES = (
     (WRIST_R, WRIST_U, ELBOW_R),
     (WRIST_U, ELBOW_R, ELBOW_U),

@@ -292,6 +292,12 @@ def joints_xyz(hands: Hands) -> Tensor:
     return _to_camera(hands, _local_joints(hands.bones_mm, hands.angles))
 
 
+def middle_xyz(hands: Hands) -> Tensor:
+    """Return the middle of the joints' bounding box [B, 3] in mm, camera frame."""
+    joints = joints_xyz(hands)
+    return (joints.amin(1) + joints.amax(1)) / 2
+
+
 def elbow_xyz(hands: Hands) -> Tensor:
     """Return the middle of the forearm's far end [B, 3] in mm, camera frame."""
     return _to_camera(hands, _forearm_spheres(hands)[0][:, 2:4]).mean(1)
@@ -362,9 +368,7 @@ def move_to(hands: Hands, centre_xyz: Tensor) -> Hands:
     Forearms that would come nearer to the camera than 250 mm are shortened.
     """
     hands = hands._replace(wrist_mm=torch.zeros_like(hands.wrist_mm))
-    joints = joints_xyz(hands)
-    middle = (joints.amin(1) + joints.amax(1)) / 2
-    hands = hands._replace(wrist_mm=centre_xyz - middle)
+    hands = hands._replace(wrist_mm=centre_xyz - middle_xyz(hands))
     slope = -(elbow_xyz(hands) - hands.wrist_mm)[:, 2] / hands.forearm_mm
     longest = torch.where(slope > 0, (hands.wrist_mm[:, 2] - 250) / slope, math.inf)
     return hands._replace(forearm_mm=torch.minimum(hands.forearm_mm, longest.clamp(min=40)))

@@ -248,7 +248,7 @@ def write_chunk(layout: str, seed: int, folder: Path, split: str, numbers: range
 
 
 @contextmanager
-def _mapping(processes: int):
+def process_map(processes: int):
     """Yield a function like `map` that works in so many processes, or in this one for 1."""
     if processes == 1:
         yield map
@@ -275,7 +275,7 @@ def write_frames(layout: str, seed: int, counts: dict, folder: Path, processes: 
     write, labels = partial(write_chunk, layout, seed, folder), {split: [] for split in SPLITS}
     with (
         tqdm(total=sum(counts.values()), desc=layout, unit="frame", mininterval=0.5) as bar,
-        _mapping(min(processes, len(tasks))) as mapped,
+        process_map(min(processes, len(tasks))) as mapped,
     ):
         for (split, _), part in zip(tasks, mapped(write, *zip(*tasks))):
             labels[split] += part

@@ -14,6 +14,7 @@ from rendering.hand import (
     elbow_xyz,
     hand_and_arm,
     joints_xyz,
+    middle_xyz,
     move_to,
 )
 from rendering.sensor import NO_WALL_MM, Sensor
@@ -21,6 +22,7 @@ from rendering.surface import Surface, build_surface, render_depth, render_pixel
 
 RELIEF = (6, 8)  # points of the folds in what is behind the hand
 SCENE_COLUMNS = NOISE_COLUMNS + 130  # uniform numbers of a scene
+COARSE = 4  # how much smaller what is behind the arm is rendered
 CLUTTER = 4  # objects behind the hand, drawn as cones
 
 # Spheres of a body: elbow, near and far shoulder, two hips, neck, chin, crown, then two for each piece of
@@ -45,14 +47,13 @@ def draw_scenes(uniform: Tensor, sensor: Sensor) -> Scene:
     hands = draw_hands(noise, sensor.left)
     near, far = sensor.hand_mm
     z = near + (far - near) * noise.uniform(1)[:, 0]
-    where = noise.uniform(2, -1, 1)
-    centre = [z]
+    across = []
     for focal, middle, size, share in zip(
-        sensor.camera[:2], sensor.camera[2:], sensor.size_px, where.unbind(1)
+        sensor.camera[:2], sensor.camera[2:], sensor.size_px, noise.uniform(2, -1, 1).unbind(1)
     ):
         room_px = (size / 2 - 105 * focal / z).clamp(min=0)  # keeps the hand inside the picture where it fits
-        centre.insert(-1, (size / 2 + room_px * share - middle) * z / focal)
-    return add_background(move_to(hands, torch.stack(centre, -1)), noise, sensor)
+        across.append((size / 2 + room_px * share - middle) * z / focal)
+    return add_background(move_to(hands, torch.stack((*across, z), -1)), noise, sensor)
 
 
 def add_background(hands: Hands, noise: Noise, sensor: Sensor) -> Scene:
@@ -61,7 +62,7 @@ def add_background(hands: Hands, noise: Noise, sensor: Sensor) -> Scene:
     hands = hands._replace(
         forearm_mm=torch.where(has_body[:, 0], hands.forearm_mm.clamp(min=215), hands.forearm_mm)
     )
-    hands = move_to(hands, _middle_xyz(hands))
+    hands = move_to(hands, middle_xyz(hands))
     body = _body_spheres(hands, noise)
     present = torch.cat(
         (has_body.expand(-1, 8), noise.uniform(CLUTTER).repeat_interleave(2, 1) < sensor.wall), 1
@@ -74,11 +75,6 @@ def add_background(hands: Hands, noise: Noise, sensor: Sensor) -> Scene:
     wall = torch.cat((tilt, torch.ones_like(distance)), 1) / distance
     relief_mm = noise.uniform(RELIEF[0] * RELIEF[1], -14, 14).reshape(-1, *RELIEF)
     return Scene(hands, build_surface(spheres, BODY_CONES, BODY_WEDGES), wall, relief_mm)
-
-
-def _middle_xyz(hands: Hands) -> Tensor:
-    joints = joints_xyz(hands)
-    return (joints.amin(1) + joints.amax(1)) / 2
 
 
 def _body_spheres(hands: Hands, noise: Noise) -> Tensor:
@@ -116,12 +112,12 @@ def _clutter_spheres(body: Tensor, noise: Noise) -> Tensor:
     return ends.flatten(1, 2)
 
 
-def render_scene(scene: Scene, intrinsics: Tensor, size_px: tuple, coarse: int = 4) -> tuple[Tensor, Tensor]:
+def render_scene(scene: Scene, intrinsics: Tensor, size_px: tuple) -> tuple[Tensor, Tensor]:
     """Return exact depth [B, height, width] in mm and a mask of the hand's pixels, to the wrist.
 
-    What is behind the arm is rendered `coarse` times smaller and interpolated. intrinsics: [4] or [B, 4].
+    intrinsics: fx, fy, u0, v0 as [4]; size_px: (width, height).
     """
-    depth_mm = _behind(scene, intrinsics, size_px, coarse).flatten()
+    depth_mm = _behind(scene, intrinsics.to(scene.wall), size_px).flatten()
     is_hand = torch.zeros_like(depth_mm, dtype=torch.bool)
     for surface, is_it in zip(hand_and_arm(scene.hands), (True, False)):
         pixels, near_mm = render_pixels(surface, intrinsics, size_px)
@@ -131,17 +127,20 @@ def render_scene(scene: Scene, intrinsics: Tensor, size_px: tuple, coarse: int =
     return depth_mm.reshape(-1, *size_px[::-1]), is_hand.reshape(-1, *size_px[::-1])
 
 
-def _behind(scene: Scene, intrinsics: Tensor, size_px: tuple, coarse: int) -> Tensor:
-    """Return the depth of bodies, clutter and wall; `measure` takes its ramps at edges for grazing angles."""
-    small = [-(-size // coarse) for size in size_px]
-    intrinsics = intrinsics.to(scene.wall)
-    shrunk = torch.cat((intrinsics[..., :2], intrinsics[..., 2:] + 0.5), -1) / coarse
-    shrunk = torch.cat((shrunk[..., :2], shrunk[..., 2:] - 0.5), -1).expand(len(scene.wall), 4)
-    x = (torch.arange(small[0], device=shrunk.device) - shrunk[:, 2:3]) / shrunk[:, :1]
-    y = (torch.arange(small[1], device=shrunk.device) - shrunk[:, 3:]) / shrunk[:, 1:2]
-    wall = scene.wall[:, 0, None, None] * x[:, None] + scene.wall[:, 1, None, None] * y[:, :, None]
-    depth_mm = 1 / (wall + scene.wall[:, 2, None, None]).clamp(min=1 / NO_WALL_MM)
-    depth_mm = torch.minimum(render_depth(scene.behind, shrunk, small), depth_mm)
+def _behind(scene: Scene, intrinsics: Tensor, size_px: tuple) -> Tensor:
+    """Return the depth [B, H, W] of bodies, clutter and wall, rendered COARSE times smaller and interpolated.
+
+    `measure` takes its ramps at edges for grazing angles.
+    """
+    small = [-(-size // COARSE) for size in size_px]
+    half = intrinsics.new_tensor((0.0, 0.0, 0.5, 0.5))  # a pixel's middle is at a whole number
+    intrinsics = (intrinsics + half) / COARSE - half
+    fx, fy, u0, v0 = intrinsics
+    x = (torch.arange(small[0], device=fx.device) - u0) / fx
+    y = (torch.arange(small[1], device=fx.device)[:, None] - v0) / fy
+    a, b, c = scene.wall[..., None, None].unbind(1)
+    wall_mm = 1 / (a * x + b * y + c).clamp(min=1 / NO_WALL_MM)
+    depth_mm = torch.minimum(render_depth(scene.behind, intrinsics, small), wall_mm)
     depth_mm = depth_mm + F.interpolate(scene.relief_mm[:, None], size=small[::-1], mode="bicubic")[:, 0]
-    full = F.interpolate(depth_mm[:, None], scale_factor=coarse, mode="bilinear", align_corners=False)[:, 0]
+    full = F.interpolate(depth_mm[:, None], scale_factor=COARSE, mode="bilinear", align_corners=False)[:, 0]
     return full[:, : size_px[1], : size_px[0]]

@@ -40,16 +40,10 @@ class Sensor(NamedTuple):
     left: float = 0.0  # share of left hands
 
 
-def _of(name: str, **qualities) -> Sensor:
-    preset = PRESETS[name]
-    return Sensor(preset.camera, preset.size_px, unit_mm=preset.unit_mm, **qualities)
-
-
 # NYU: Kinect 1; its frames say 2001 where nothing was measured. ICVL (its labels are those of left hands) and
 # MSRA: time of flight (Intel Creative). HAND17 and SR305: Intel RealSense SR300, SR305, coded light.
-SENSORS = {
-    "NYU": _of(
-        "NYU",
+QUALITIES = {
+    "NYU": dict(
         hand_mm=(550, 950),
         far_mm=2000,
         step_per_m2=2.85,
@@ -63,30 +57,20 @@ SENSORS = {
         body=0.8,
         wall=0.5,
     ),
-    "ICVL": _of(
-        "ICVL", hand_mm=(250, 440), far_mm=600, noise_per_m2=14, edge_px=0.5, flying=0.25, body=0.15, left=1.0
+    "ICVL": dict(
+        hand_mm=(250, 440), far_mm=600, noise_per_m2=14, edge_px=0.5, flying=0.25, body=0.15, left=1.0
     ),
-    "MSRA": _of("MSRA", hand_mm=(260, 460), far_mm=600, noise_per_m2=14, edge_px=0.5, flying=0.25),
-    "HAND17": _of(
-        "HAND17",
-        hand_mm=(330, 700),
-        far_mm=1100,
-        noise_per_m2=1.8,
-        baseline_mm=26,
-        gap_px=3,
-        body=0.6,
-        wall=0.2,
+    "MSRA": dict(hand_mm=(260, 460), far_mm=600, noise_per_m2=14, edge_px=0.5, flying=0.25),
+    "HAND17": dict(
+        hand_mm=(330, 700), far_mm=1100, noise_per_m2=1.8, baseline_mm=26, gap_px=3, body=0.6, wall=0.2
     ),
-    "SR305": _of(
-        "SR305",
-        hand_mm=(450, 650),
-        far_mm=960,
-        noise_per_m2=1.8,
-        baseline_mm=26,
-        gap_px=4,
-        edge_px=0.9,
-        body=0.9,
+    "SR305": dict(
+        hand_mm=(450, 650), far_mm=960, noise_per_m2=1.8, baseline_mm=26, gap_px=4, edge_px=0.9, body=0.9
     ),
+}
+SENSORS = {
+    name: Sensor(PRESETS[name].camera, PRESETS[name].size_px, unit_mm=PRESETS[name].unit_mm, **qualities)
+    for name, qualities in QUALITIES.items()
 }
 
 
@@ -99,11 +83,7 @@ def measure(depth_mm: Tensor, sensor: Sensor, fx_px: float, generator: torch.Gen
     """
     depth_mm = depth_mm.clamp(max=NO_WALL_MM)
     cell = 2 if fx_px > 0.75 * sensor.camera.fx else 1
-    cells_mm = depth_mm
-    if cell == 2:
-        padded = F.pad(depth_mm, (0, depth_mm.shape[2] % 2, 0, depth_mm.shape[1] % 2), value=NO_WALL_MM)
-        rows_mm = torch.minimum(padded[:, ::2], padded[:, 1::2])
-        cells_mm = torch.minimum(rows_mm[:, :, ::2], rows_mm[:, :, 1::2])
+    cells_mm = -F.max_pool2d(-depth_mm, cell, ceil_mode=True)
     nearest_mm = _nearest(cells_mm, 1)
     uneven, bumps = (_smooth_noise(cells_mm, 2, generator) for _ in range(2))
     uneven += _smooth_noise(cells_mm, 16, generator)
@@ -143,11 +123,7 @@ def _grain(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _enlarged(cells: Tensor, cell: int, shape: tuple) -> Tensor:
     """Repeat cells [B, h, w] to pixels [B, H, W]."""
-    if cell == 1:
-        return cells
-    wide = torch.stack([cells] * cell, -1).flatten(2)  # quicker than to expand both ways at once
-    pixels = wide[:, :, None].expand(-1, -1, cell, -1).flatten(1, 2)
-    return pixels[:, : shape[1], : shape[2]]
+    return cells.repeat_interleave(cell, 2).repeat_interleave(cell, 1)[:, : shape[1], : shape[2]]
 
 
 def _lost(depth_mm: Tensor, nearest_mm: Tensor, sensor: Sensor, fx_px: float, uneven: Tensor) -> Tensor:
