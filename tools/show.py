@@ -30,33 +30,25 @@ AUGMENTATIONS = 5
 def main(argv=None):
     """Write the sheet that the command line asks for."""
     args = parse(argv)
-    options = {"subject": args.subject or 0} if args.dataset == "MSRA" else {}
     dataset = DATASETS[args.dataset](
         path=args.data_dir,
         dataset=args.split,
         test_only=args.dataset == "HAND17" and args.split == "test",
         targets=False,
         using_flip=True,
-        **options,
+        **({"subject": args.subject or 0} if args.dataset == "MSRA" else {}),
     )
     errors_mm, joints_uvd = {}, None
     if args.predictions:
         joints_uvd = load_predictions(args.predictions, dataset)
         errors_mm = mean_errors_mm(dataset, joints_uvd)
     indices = choose(dataset, args.index, args.count, errors_mm)
-    tiles = [
-        tile
-        for index in indices
-        for tile in draw_frame(dataset, index, args.augment, joints_uvd, errors_mm.get(index))
-    ]
-    columns = 1 + AUGMENTATIONS if args.augment else COLUMNS
-    fold = f"_subject{dataset.subject}" if args.dataset == "MSRA" else ""
-    path = args.out or Path("Result", "show", f"{args.dataset}_{args.split}{fold}.png")
-    write_picture(path, contact_sheet(tiles, columns))
-    order = (
-        ", worst first" if errors_mm else ", unsorted: this split has no labels" if args.predictions else ""
-    )
-    print(f"{path}: {len(indices)} of {len(dataset)} frames{order}")
+    tiles = []
+    for index in indices:
+        tiles += draw_frame(dataset, index, args.augment, joints_uvd, errors_mm.get(index))
+    path = args.out or Path("Result", "show", f"{args.dataset}_{args.split}{dataset.fold}.png")
+    write_picture(path, contact_sheet(tiles, 1 + AUGMENTATIONS if args.augment else COLUMNS))
+    print(f"{path}: {len(indices)} of {len(dataset)} frames{', worst first' if errors_mm else ''}")
 
 
 def parse(argv=None):
@@ -131,24 +123,22 @@ def choose(dataset, indices, count, errors_mm):
 
 def draw_frame(dataset, index, augment, joints_uvd, error_mm):
     """Return a frame's tiles, for each as many: crop with labels, then augmentations or the prediction."""
+    others = AUGMENTATIONS if augment else int(joints_uvd is not None)
     try:
         sample = dataset.sample(index)
     except FrameError as error:
-        others = AUGMENTATIONS if augment else int(joints_uvd is not None)
         return [_titled(_blank(), f"{index} {error.reason}"[:34]), *(_blank() for _ in range(others))]
     tiles = [_tile(dataset, sample, getattr(sample, "uvd", None), str(index))]
-    for k in range(AUGMENTATIONS if augment else 0):
-        other = dataset[index, k]
-        tiles.append(_tile(dataset, other, other.uvd, f"{index} augmented"))
-    if joints_uvd is not None and np.isnan(joints_uvd[index]).any():
+    if augment:
+        augmented = [dataset[index, seed] for seed in range(AUGMENTATIONS)]
+        tiles += [_tile(dataset, other, other.uvd, f"{index} augmented") for other in augmented]
+    elif joints_uvd is not None and np.isnan(joints_uvd[index]).any():
         tiles.append(_titled(_blank(), "not predicted"))
     elif joints_uvd is not None:
-        relative = joints_to_crop(
-            joints_uvd[index], sample.com.numpy(), float(sample.box_size), dataset.image_size
-        )
-        size = dataset.image_size - 1
+        size = dataset.image_size
+        uvd = joints_to_crop(joints_uvd[index], sample.com.numpy(), float(sample.box_size), size) / (size - 1)
         title = "predicted" if error_mm is None else f"predicted {error_mm:.1f} mm"
-        tiles.append(_tile(dataset, sample, torch.from_numpy(relative / size), title))
+        tiles.append(_tile(dataset, sample, torch.from_numpy(uvd), title))
     return tiles
 
 

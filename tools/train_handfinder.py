@@ -11,8 +11,6 @@ each the judge learns places like those that it will have to judge, and some aro
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -26,9 +24,9 @@ from frames.handfinder import CROP_PX, REACH_MM, WEIGHTS, Judge, candidates, coa
 from frames.transforms import Camera, Frame, uvd2xyz
 from rendering.anatomy import GESTURES
 from rendering.hand import Noise, draw_hands, gesture_angles, limits_rad, move_to
+from rendering.layouts import process_map
 from rendering.scene import SCENE_COLUMNS, add_background, render_scene
 from rendering.sensor import SENSORS, measure
-from rendering.surface import Surface
 from utils import UserError, run, usable_cores
 
 PLACES, NEAR_PLACES = 12, 5  # of a frame: surfaces, and random places around the hand
@@ -93,8 +91,9 @@ def draw_finder_scenes(sensor, camera, size_px, generator, count):
     without = noise.uniform(1) < HANDLESS
     wrist_mm = torch.where(without, BEHIND_CAMERA_MM, scenes.hands.wrist_mm)
     nearer_mm = NEARER_MM * without * noise.uniform(1)
-    behind = Surface(*(part - nearer_mm[:, None] * is_z(part) for part in scenes.behind))
-    return scenes._replace(hands=scenes.hands._replace(wrist_mm=wrist_mm), behind=behind)
+    for part, depths in zip(scenes.behind, ([2], [2, 6], [2, 5, 8])):  # of spheres, cones, triangles
+        part[..., depths] -= nearer_mm[..., None]
+    return scenes._replace(hands=scenes.hands._replace(wrist_mm=wrist_mm))
 
 
 def close_some(hands, noise):
@@ -104,12 +103,6 @@ def close_some(hands, noise):
     closed = table[(len(table) * noise.uniform(1)[:, 0]).long()] + 0.08 * noise.normal(22)
     closed = torch.where(torch.arange(22) < 20, closed.clamp(low, high), hands.angles)  # not the wrist
     return hands._replace(angles=torch.where(noise.uniform(1) < CLOSED_SHARE, closed, hands.angles))
-
-
-def is_z(part):
-    """Return 1 where the last dimension of a Surface's part holds a z, else 0."""
-    place = torch.arange(part.shape[-1])
-    return (place % (3 if part.shape[-1] == 9 else 4) == 2).to(part)
 
 
 def cut_out(depth_mm, rows, columns, margins_px):
@@ -180,21 +173,15 @@ def collect(task):
     return np.concatenate(crops), np.concatenate(ways_mm)
 
 
-def seed_of(*numbers):
-    """Return a seed that belongs to these numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def collect_all(frames, seed):
     """Return what `collect` does of so many frames of every sensor, on all cores."""
-    tasks = [
-        (name, seed_of(seed, number, start), min(TASK_FRAMES, frames - start))
-        for start in range(0, frames, TASK_FRAMES)
-        for number, name in enumerate(SENSORS)
-    ]
-    # Forking a process whose torch has started threads may hang: start fresh ones.
-    with ProcessPoolExecutor(usable_cores(), get_context("spawn")) as pool:
-        parts = list(tqdm(pool.map(collect, tasks), "render", len(tasks), unit="task"))
+    tasks = []
+    for start in range(0, frames, TASK_FRAMES):
+        for number, name in enumerate(SENSORS):
+            task_seed = np.random.SeedSequence((seed, number, start)).generate_state(1)[0]
+            tasks.append((name, int(task_seed), min(TASK_FRAMES, frames - start)))
+    with process_map(usable_cores()) as mapped:
+        parts = list(tqdm(mapped(collect, tasks), "render", len(tasks), unit="task"))
     return tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
 
 
