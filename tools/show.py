@@ -157,8 +157,8 @@ def _blank():
 
 
 def contact_sheet(tiles, columns):
-    """Return one RGB picture of tiles [TILE_PX, TILE_PX, 3], so many in a row."""
-    tiles = tiles + [_blank()] * (-len(tiles) % columns)
+    """Return one RGB picture of tiles of one size, so many in a row."""
+    tiles = tiles + [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)])
 
 

@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from frames.cameras import PRESETS, read_depth
+from frames.transforms import Camera, xyz2uvd
 from rendering import anatomy, hand
 from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
 from rendering.sensor import SENSORS, measure
 from rendering.surface import render_depth
+from tools.show import contact_sheet
 from utils import UserError, atomic_path, run
 
 # Frames whose views look like the real ones beside them.
@@ -44,28 +47,26 @@ def real_frames(folder):
 
 
 def colored(depth_mm, hand_mm):
-    """Return a picture [H, W, 3] of depth from 60 mm before a hand to 300 mm behind; white: nothing."""
+    """Return an RGB picture [H, W, 3] of depth from 60 mm before a hand to 300 mm behind; white: nothing."""
     shade = np.clip((depth_mm - hand_mm + 60) / 360, 0, 1)
-    picture = (matplotlib.colormaps["turbo"](shade)[..., 2::-1] * 255).astype(np.uint8)
+    picture = (colormaps["turbo"](shade)[..., :3] * 255).astype(np.uint8)
     picture[(depth_mm <= 0) | (depth_mm > 2000)] = 255
     return picture
 
 
 def draw_real_and_rendered(real, out):
     """Write a row of real frames above a row of rendered ones."""
-    rows = [real_frames(real), [rendered_frame(*key) for key in RENDERED]]
-    pictures = [
-        [cv2.resize(colored(*frame), (320, 240), interpolation=cv2.INTER_AREA) for frame in row]
-        for row in rows
-    ]
-    border = [[cv2.copyMakeBorder(p, 2, 2, 2, 2, cv2.BORDER_CONSTANT) for p in row] for row in pictures]
-    write_smallest(out / "real_and_rendered.png", cv2.vconcat([cv2.hconcat(row) for row in border]))
+    tiles = []
+    for depth_mm, hand_mm in [*real_frames(real), *(rendered_frame(*key) for key in RENDERED)]:
+        small = cv2.resize(colored(depth_mm, hand_mm), (320, 240), interpolation=cv2.INTER_AREA)
+        tiles.append(cv2.copyMakeBorder(small, 2, 2, 2, 2, cv2.BORDER_CONSTANT))
+    write_smallest(out / "real_and_rendered.png", contact_sheet(tiles, len(RENDERED)))
 
 
 def draw_gestures(out):
     """Write a sheet of all gestures, seen from the palm and from the thumb's side, with joints."""
     angles = hand.gesture_angles(torch.zeros(1))
-    count, camera = len(angles), torch.tensor([480.0, 480, 80, 100])
+    count, camera = len(angles), Camera(480.0, 480.0, 80.0, 100.0)
     rows = []
     for turn in (0.35, 1.3):
         hands = hand.Hands(
@@ -80,66 +81,54 @@ def draw_gestures(out):
             sleeve_mm=torch.full((count,), torch.inf),
         )
         surfaces = hand.hand_and_arm(hands)
-        depth_mm = torch.minimum(*(render_depth(surface, camera, (160, 200)) for surface in surfaces)).numpy()
-        joints = hand.joints_xyz(hands).numpy()
-        rows.append([_sketch(*pair, camera.numpy()) for pair in zip(depth_mm, joints)])
-    cells = [cv2.vconcat(pair) for pair in zip(*rows)]
+        depth_mm = torch.minimum(*(render_depth(one, torch.tensor(camera), (160, 200)) for one in surfaces))
+        joints_uvd = xyz2uvd(hand.joints_xyz(hands).numpy(), camera)
+        rows.append([_sketch(*pair) for pair in zip(depth_mm.numpy(), joints_uvd)])
+    cells = [np.vstack(pair) for pair in zip(*rows)]
     for cell, name in zip(cells, anatomy.GESTURES):
         cv2.putText(cell, name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-    cells += [np.full_like(cells[0], 255)] * (-count % GESTURES_A_ROW)
-    rows = [cells[k : k + GESTURES_A_ROW] for k in range(0, count, GESTURES_A_ROW)]
-    sheet = cv2.vconcat([cv2.hconcat(row) for row in rows])
-    write_smallest(out / "gestures.png", sheet)
+    write_smallest(out / "gestures.png", contact_sheet(cells, GESTURES_A_ROW))
 
 
-def _sketch(depth_mm, joints, camera):
+def _sketch(depth_mm, joints_uvd):
     picture = colored(np.where(np.isfinite(depth_mm), depth_mm, 0), 560)
-    for x, y, z in joints:
-        center = round(float(x / z * camera[0] + camera[2])), round(float(y / z * camera[1] + camera[3]))
-        cv2.circle(picture, center, 2, (0, 0, 0), -1, cv2.LINE_AA)
+    for u, v in joints_uvd[:, :2].round().astype(int).tolist():
+        cv2.circle(picture, (u, v), 2, (0, 0, 0), -1, cv2.LINE_AA)
     return picture
 
 
 def draw_angles(out):
     """Write histograms of the angles and bone lengths of 10,000 drawn hands with their limits."""
-    from matplotlib import pyplot as plt
-
-    matplotlib.use("Agg")
-    hands = hand.draw_hands(
-        hand.Noise(torch.rand(10000, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(0)))
-    )
-    figure, axes = plt.subplots(3, 4, figsize=(12, 7))
-    for axis, (name, limits) in zip(axes.flat, anatomy.LIMITS_DEG.items()):
+    uniform = torch.rand(10000, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(0))
+    hands = hand.draw_hands(hand.Noise(uniform))
+    panels = {}
+    for name, limits in anatomy.LIMITS_DEG.items():
         columns = [k for k, other in enumerate(anatomy.ANGLES) if other == name]
-        axis.hist(hands.angles[:, columns].rad2deg().flatten().numpy(), bins=60)
-        axis.set_title(f"{name}, deg", fontsize=9)
+        panels[f"{name}, deg"] = hands.angles[:, columns].rad2deg(), limits
+    for name, finger, bone in (("middle metacarpal", 2, 0), ("index proximal phalanx", 1, 1)):
+        mean_mm = anatomy.BONES_MM[finger][bone]
+        most_mm = anatomy.BONE_LIMIT_SD * anatomy.BONES_SD_MM[finger][bone]
+        panels[f"{name}, mm"] = hands.bones_mm[:, finger, bone], (mean_mm - most_mm, mean_mm + most_mm)
+    figure = Figure(figsize=(12, 7), layout="tight")
+    for axis, (title, (values, limits)) in zip(figure.subplots(3, 4).flat, panels.items()):
+        axis.hist(values.flatten().numpy(), bins=60)
+        axis.set_title(title, fontsize=9)
         for limit in limits:
             axis.axvline(limit, color="k", lw=1, ls="--")
-    for axis, (finger, bone) in zip(axes.flat[10:], ((2, 0), (1, 1))):
-        axis.hist(hands.bones_mm[:, finger, bone].numpy(), bins=60)
-        axis.set_title(("middle metacarpal", "index proximal phalanx")[finger == 1] + ", mm", fontsize=9)
-        for side in (-1, 1):
-            limit = (
-                anatomy.BONES_MM[finger][bone]
-                + side * anatomy.BONE_LIMIT_SD * anatomy.BONES_SD_MM[finger][bone]
-            )
-            axis.axvline(limit, color="k", lw=1, ls="--")
-    figure.tight_layout()
     with atomic_path(out / "angles.png") as temporary:
         figure.savefig(temporary, dpi=70)
 
 
 def write_smallest(path, picture):
-    """Write a picture [H, W, 3] (blue, green, red) as the smallest PNG."""
+    """Write an RGB picture [H, W, 3] as the smallest PNG."""
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 9]
     with atomic_path(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", picture, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1])
+        temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1])
 
 
 def main():
     """Read the command line and draw."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Draw the pictures of docs/synthetic.")
     parser.add_argument(
         "--real", type=Path, help="folder with nyu/ and sr305/; without it no real_and_rendered.png"
     )
@@ -147,7 +136,6 @@ def main():
     args = parser.parse_args()
     if args.real and not (args.real / "sr305").is_dir():
         raise UserError(f"{args.real}/sr305 not found: --real is the folder of the real frames")
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.real:
         draw_real_and_rendered(args.real, args.out)
     draw_gestures(args.out)
