@@ -128,22 +128,26 @@ def hand17_lines(root, split):
 READERS = {"NYU": nyu_lines, "ICVL": icvl_lines, "HAND17": hand17_lines}
 
 
+def open_part(name, root, split, **options):
+    """Return the HandDataset of a split, without labels where its test split has none."""
+    cls = DATASETS[name]
+    test_only = split == "test" and not cls.test_labels
+    return cls(path=root, dataset=split, test_only=test_only, targets=False, **options)
+
+
 def open_parts(name, root):
     """Return the parts that a data set is distributed in, {name: HandDataset of all its frames}.
 
     Raises UserError where an official file is missing or damaged.
     """
     require(root, name, root)
-    cls, parts = DATASETS[name], {}
     if name == "MSRA":
-        for subject in range(MSRADataset.subjects):
-            lines = msra_lines(root, subject)
-            parts[f"P{subject}"] = cls(path=root, dataset="test", subject=subject, lines=lines, targets=False)
-        return parts
-    for split in ("train", "test"):
-        options = dict(dataset=split, test_only=split == "test" and not cls.test_labels)
-        parts[split] = cls(path=root, lines=READERS[name](root, split), targets=False, **options)
-    return parts
+        subjects = range(MSRADataset.subjects)
+        return {
+            f"P{s}": open_part(name, root, "test", subject=s, lines=msra_lines(root, s)) for s in subjects
+        }
+    read = READERS[name]
+    return {split: open_part(name, root, split, lines=read(root, split)) for split in ("train", "test")}
 
 
 def for_each_frame(work, dataset, title):
@@ -354,13 +358,12 @@ def build_cache(name, root, force=False):
 
 def _cache_groups(name, root):
     """Return, for each cache file, the splits whose frames it holds; those left out are parts of these."""
-    cls, groups = DATASETS[name], {}
-    options = [{"dataset": split} for split in (*cls.training_splits, "test")]
+    options = [{"split": split} for split in (*DATASETS[name].training_splits, "test")]
     if name == "MSRA":
-        options = [{"dataset": "test", "subject": subject} for subject in range(MSRADataset.subjects)]
+        options = [{"split": "test", "subject": subject} for subject in range(MSRADataset.subjects)]
+    groups = {}
     for option in options:
-        option["test_only"] = option["dataset"] == "test" and not cls.test_labels
-        dataset = cls(path=root, targets=False, use_cache=False, **option)
+        dataset = open_part(name, root, use_cache=False, **option)
         groups.setdefault(dataset.cache_name(), []).append(dataset)
     return groups
 
