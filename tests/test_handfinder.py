@@ -108,9 +108,9 @@ def test_a_moving_hand_is_found_in_a_rendered_sequence():
 
 @pytest.mark.slow
 def test_moving_hands_are_found_in_many_rendered_sequences():
-    """One of them holds a fist before the camera for a while, which the finder takes for no hand."""
+    """One of them holds a fist before the camera for a while, which the finder does not recognise."""
     off_mm = np.concatenate([off_mm_along(seed) for seed in range(1, 6)])
-    assert np.mean(off_mm < 60) >= 0.96 and off_mm[off_mm < 60].mean() < 15
+    assert np.mean(off_mm < 60) >= 0.97 and off_mm[off_mm < 60].mean() < 15
 
 
 def test_a_hand_that_enters_late_leaves_and_comes_back_elsewhere_is_found():
@@ -137,7 +137,7 @@ LEFT, RIGHT = (-80.0, 0.0, 500.0), (80.0, 0.0, 500.0)
 def found_side(monkeypatch, left, right, near=LEFT, **hint):
     """Return which of two palms is found whose likeness the judge is made to give, None where none is."""
 
-    def judge(picture, places):
+    def judge(picture, places, mirrored=False):
         likeness = [left if x < -50 else right if x > 50 else -9.0 for x in places[:, 0]]
         return np.array(likeness), places
 
@@ -160,7 +160,7 @@ def found_side(monkeypatch, left, right, near=LEFT, **hint):
         (6.5, 13.0, "left"),  # both are hands
         (-1.0, 3.0, "right"),
         (0.5, 1.5, "left"),  # what was a hand may look less like one for a while
-        (-1.0, 1.5, None),
+        (-1.0, 0.4, None),
     ],
 )
 def test_a_clearly_better_place_wins_over_the_tracked_one(left, right, found, monkeypatch):
@@ -168,8 +168,8 @@ def test_a_clearly_better_place_wins_over_the_tracked_one(left, right, found, mo
 
 
 def test_what_is_found_looks_enough_like_a_hand(monkeypatch):
-    assert found_side(monkeypatch, 2.5, -5.0, near=None) == "left"
-    assert found_side(monkeypatch, 1.5, -5.0, near=None) is None
+    assert found_side(monkeypatch, 0.8, -5.0, near=None) == "left"
+    assert found_side(monkeypatch, 0.4, -5.0, near=None) is None
 
 
 def test_a_box_says_which_surface_is_the_hand(monkeypatch):
