@@ -14,10 +14,16 @@ from model import COORDINATE_LOSSES
 from utils import UserError, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
+DEVICES = ("auto", "cpu", "cuda")
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 # In words, as a test, and of which options; the network itself looks at its sizes.
 RANGES = (
-    ("above 0", lambda x: 0 < x < inf, "batch_size kernel_size sigmoid epoch lr lr_decay decay_epoch stages"),
+    (
+        "above 0",
+        lambda x: 0 < x < inf,
+        "batch_size kernel_size sigmoid epoch lr lr_decay decay_epoch stages depth_unit cube",
+    ),
     (
         "0 or more",
         lambda x: 0 <= x < inf,
@@ -59,13 +65,10 @@ def parse_test(description, argv=None, subject=False):
         "out of the errors), 1 all were, or something else is wrong.",
     )
     _add_data(parser, subject)
-    parser.add_argument("--seed", default="final", help="which checkpoint: final, or an epoch's number")
-    parser.add_argument(
-        "--model", type=Path, help="a checkpoint file, instead of Model/<dataset>_<suffix>_<seed>.pt"
-    )
-    parser.add_argument(
-        "--process_mode", choices=("uvd", "bb"), default="uvd", help="centre file, or bounding box (HAND17)"
-    )
+    add = parser.add_argument
+    add("--seed", default="final", help="which checkpoint: final, or an epoch's number")
+    add("--model", type=Path, help="a checkpoint file, instead of Model/<dataset>_<suffix>_<seed>.pt")
+    add("--process_mode", choices=("uvd", "bb"), default="uvd", help="centre file, or bounding box (HAND17)")
     return _parse(parser, argv)
 
 
@@ -77,227 +80,151 @@ def parse_predict(argv=None):
         epilog="Exit status: 0 every frame has joints, 3 some have none (predictions.jsonl says why), "
         "1 none has, or the model or a folder cannot be used, 2 wrong options.",
     )
-    parser.add_argument(
-        "input",
-        nargs="+",
-        type=Path,
-        help="16-bit PNG, TIFF, .npy, MSRA .bin, with --camera NYU its colour PNG, or a folder of them: a "
-        "sequence in the order of the numbers in their names",
-    )
-    _add_camera(parser)
+    _add_frames(parser)
     _add_model(parser)
     _add_hand(parser)
     _add_output(parser)
     args = parser.parse_args(argv)
     try:
-        _read_numbers(args)
+        _check_ranges(args)
+        args.camera = parse_camera(args.camera)
+        args.center = args.center and split_numbers(args.center, 3, "--center")
+        args.bbox = args.bbox and split_numbers(args.bbox, 4, "--bbox")
     except UserError as error:
         parser.error(str(error))
+    if args.bbox and min(args.bbox[2:]) <= 0:
+        parser.error(f"--bbox {args.bbox}: width and height must be above 0")
+    if args.depth_unit:
+        args.camera = args.camera._replace(unit_mm=args.depth_unit)
     return args
 
 
 def _add_data(parser, subject):
-    group = parser.add_argument_group("run")
-    group.add_argument("--config", type=Path, help="YAML file with defaults for these options")
-    group.add_argument("--suffix", default="default", help="name of the run")
+    add = parser.add_argument_group("run").add_argument
+    add("--config", type=Path, help="YAML file with defaults for these options")
+    add("--suffix", default="default", help="name of the run")
     if subject:
-        group.add_argument("--subject", type=_subject, default=0, help="held-out subject 0 to 8, or all")
+        subjects = (*range(MSRADataset.subjects), "all")
+        add("--subject", type=_number_or_text, choices=subjects, default=0, help="held-out subject, or all")
         parser.set_defaults(dataset="MSRA")
     else:
-        group.add_argument("--dataset", choices=[name for name in DATASETS if name != "MSRA"], default="NYU")
-    group.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
-    group.add_argument("--batch_size", type=int, default=32, help="frames a step, of all processes together")
-    own_cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    group.add_argument(
-        "--num_workers",
-        type=int,
-        default=own_cores,
-        help="loading processes, at most one a core (the default)",
-    )
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument("--gpu_id", type=int, default=0, help="which GPU")
+        add("--dataset", choices=[name for name in DATASETS if name != "MSRA"], default="NYU")
+    add("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
+    add("--batch_size", type=int, default=32, help="frames a step, of all processes together")
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    add("--num_workers", type=int, default=cores, help="loading processes, at most one a core (the default)")
+    add("--device", choices=DEVICES, default="auto")
+    add("--gpu_id", type=int, default=0, help="which GPU")
 
 
 def _add_samples(parser):
-    group = parser.add_argument_group("data")
-    group.add_argument("--kernel_size", type=int, default=7, help="width of the heatmaps' blur, px")
-    group.add_argument("--sigmoid", type=float, default=1.5, help="sigma of the heatmaps' blur, px")
-    for part, default in (("rotation", 1), ("scale", 1), ("shift", 1), ("flip", 0)):
-        group.add_argument(
-            f"--using_{part}", type=int, choices=(0, 1), default=default, help=f"augment by {part}"
-        )
-    group.add_argument("--rotation_deg", type=float, default=30.0, help="largest angle to turn by, degrees")
-    group.add_argument(
-        "--shift_mm", type=float, default=0.0, help="also shift the centre by up to this along x, y and z, mm"
-    )
-    group.add_argument(
-        "--erasing", type=float, default=0.0, help="share of crops that lose a rectangle, 0 to 1"
-    )
-    group.add_argument("--depth_noise", type=float, default=0.0, help="standard deviation of added noise, mm")
-    group.add_argument(
-        "--holdout",
-        type=float,
-        default=0.0,
-        help="validate on this last share of train instead of val (which is test data in NYU, ICVL, MSRA)",
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--kernel_size", type=int, default=7, help="width of the heatmaps' blur, px")
+    add("--sigmoid", type=float, default=1.5, help="sigma of the heatmaps' blur, px")
+    add("--using_rotation", type=int, choices=(0, 1), default=1, help="augment by rotation")
+    add("--using_scale", type=int, choices=(0, 1), default=1, help="augment by scale")
+    add("--using_shift", type=int, choices=(0, 1), default=1, help="augment by shift")
+    add("--using_flip", type=int, choices=(0, 1), default=0, help="augment by flip")
+    add("--rotation_deg", type=float, default=30.0, help="largest angle to turn by, degrees")
+    add("--shift_mm", type=float, default=0.0, help="also shift the centre by up to this along x, y, z, mm")
+    add("--erasing", type=float, default=0.0, help="share of crops that lose a rectangle, 0 to 1")
+    add("--depth_noise", type=float, default=0.0, help="standard deviation of added noise, mm")
+    instead = "validate on this last share of train instead of val (which is test data in NYU, ICVL, MSRA)"
+    add("--holdout", type=float, default=0.0, help=instead)
 
 
 def _add_network(parser):
-    group = parser.add_argument_group("network")
-    group.add_argument(
-        "--network",
-        choices=("pixelwise", "full"),
-        default="pixelwise",
-        help="full: the paper's comparison, which regresses coordinates directly",
-    )
-    group.add_argument(
-        "--label_size", type=int, default=64, help="edge of the heatmaps, px; the crop is twice that"
-    )
-    group.add_argument("--stages", type=int, default=2, help="stacked prediction stages")
-    group.add_argument("--features", type=int, default=128, help="width of the features")
-    group.add_argument("--level", type=int, default=4, help="depth of the hourglass")
-    group.add_argument("--filter_size", type=int, default=3, help="kernel of stem and regressions, px")
-    group.add_argument(
-        "--norm_method", choices=("instance", "batch"), default="instance", help="kind of norm"
-    )
-    group.add_argument(
-        "--heatmap_method", choices=("softmax", "sum"), default="softmax", help="logits to heatmap"
-    )
+    add = parser.add_argument_group("network").add_argument
+    full = "full: the paper's comparison, which regresses coordinates directly"
+    add("--network", choices=("pixelwise", "full"), default="pixelwise", help=full)
+    add("--label_size", type=int, default=64, help="edge of the heatmaps, px; the crop is twice that")
+    add("--stages", type=int, default=2, help="stacked prediction stages")
+    add("--features", type=int, default=128, help="width of the features")
+    add("--level", type=int, default=4, help="depth of the hourglass")
+    add("--filter_size", type=int, default=3, help="kernel of stem and regressions, px")
+    add("--norm_method", choices=("instance", "batch"), default="instance", help="kind of norm")
+    add("--heatmap_method", choices=("softmax", "sum"), default="softmax", help="logits to heatmap")
 
 
 def _add_training(parser):
-    group = parser.add_argument_group("training")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation; 0 draws one")
-    group.add_argument("--epoch", type=int, default=50, help="epochs to train")
-    group.add_argument("--opt", choices=("adam", "sgd"), default="adam", help="AdamW or SGD")
-    group.add_argument("--lr", type=float, default=1e-3, help="learning rate")
-    group.add_argument("--lr_decay", type=float, default=0.2, help="factor on lr every --decay_epoch epochs")
-    group.add_argument("--decay_epoch", type=int, default=15, help="epochs between two decays")
-    group.add_argument(
-        "--lr_schedule",
-        choices=("step", "cosine"),
-        default="step",
-        help="cosine: down to 0 along half a cosine, instead of --lr_decay",
-    )
-    group.add_argument(
-        "--warmup_epochs", type=float, default=0.0, help="with cosine: epochs in which lr climbs from 0"
-    )
-    group.add_argument("--beta1", type=float, default=0.9, help="AdamW's beta 1, SGD's momentum")
-    group.add_argument("--beta2", type=float, default=0.999, help="AdamW's beta 2")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="on all weights")
-    group.add_argument("--alpha", type=float, default=1.0, help="1 regression, 0 detection, between mixed")
-    group.add_argument(
-        "--coordinates_from", type=int, default=0, help="alpha is 1 from this epoch on (0: never)"
-    )
-    group.add_argument(
-        "--coordinate_loss",
-        choices=tuple(COORDINATE_LOSSES),
-        default="squared",
-        help="of uvd, at alpha above 0",
-    )
-    group.add_argument("--lambda_h", type=float, default=1.0, help="weight of the heatmaps' loss")
-    group.add_argument("--lambda_d", type=float, default=0.01, help="weight of the depth maps' loss")
-    group.add_argument(
-        "--ema",
-        type=float,
-        default=0.0,
-        help="validate and save a moving average of the weights: its decay a step, such as 0.999 (0: none)",
-    )
-    group.add_argument(
-        "--init", type=Path, help="begin with the weights of this checkpoint, of the same network"
-    )
-    _add_switch(group, "--mixed_precision", "bfloat16 autocast; the decoder stays float32")
-    _add_switch(group, "--compile", "compile the network (minutes once, then faster)")
+    add = parser.add_argument_group("training").add_argument
+    add("--seed", type=int, default=0, help="of weights, order and augmentation; 0 draws one")
+    add("--epoch", type=int, default=50, help="epochs to train")
+    add("--opt", choices=("adam", "sgd"), default="adam", help="AdamW or SGD")
+    add("--lr", type=float, default=1e-3, help="learning rate")
+    add("--lr_decay", type=float, default=0.2, help="factor on lr every --decay_epoch epochs")
+    add("--decay_epoch", type=int, default=15, help="epochs between two decays")
+    cosine = "cosine: down to 0 along half a cosine, instead of --lr_decay"
+    add("--lr_schedule", choices=("step", "cosine"), default="step", help=cosine)
+    add("--warmup_epochs", type=float, default=0.0, help="with cosine: epochs in which lr climbs from 0")
+    add("--beta1", type=float, default=0.9, help="AdamW's beta 1, SGD's momentum")
+    add("--beta2", type=float, default=0.999, help="AdamW's beta 2")
+    add("--weight_decay", type=float, default=0.0, help="on all weights")
+    add("--alpha", type=float, default=1.0, help="1 regression, 0 detection, between mixed")
+    add("--coordinates_from", type=int, default=0, help="alpha is 1 from this epoch on (0: never)")
+    add("--coordinate_loss", choices=COORDINATE_LOSSES, default="squared", help="of uvd, at alpha above 0")
+    add("--lambda_h", type=float, default=1.0, help="weight of the heatmaps' loss")
+    add("--lambda_d", type=float, default=0.01, help="weight of the depth maps' loss")
+    average = "validate and save a moving average of the weights: its decay a step, such as 0.999 (0: none)"
+    add("--ema", type=float, default=0.0, help=average)
+    add("--init", type=Path, help="begin with the weights of this checkpoint, of the same network")
+    add("--mixed_precision", **SWITCH, help="bfloat16 autocast; the decoder stays float32")
+    add("--compile", **SWITCH, help="compile the network (minutes once, then faster)")
 
 
 def _add_stopping(parser):
-    group = parser.add_argument_group("stopping and going on")
-    group.add_argument(
-        "--resume",
-        nargs="?",
-        const="always",
-        choices=("always", "auto"),
-        help="go on from Model/<run>_last.pt; auto: where it exists",
-    )
-    group.add_argument("--save_minutes", type=float, default=10.0, help="save the state that often, minutes")
-    _add_switch(group, "--skip_bad", "count frames that cannot be read and go on")
-    group.add_argument(
-        "--max_bad_steps", type=int, default=10, help="end after more non-finite steps in a row"
-    )
+    add = parser.add_argument_group("stopping and going on").add_argument
+    from_state = "go on from Model/<run>_last.pt; auto: where it exists"
+    add("--resume", nargs="?", const="always", choices=("always", "auto"), help=from_state)
+    add("--save_minutes", type=float, default=10.0, help="save the state that often, minutes")
+    add("--skip_bad", **SWITCH, help="count frames that cannot be read and go on")
+    add("--max_bad_steps", type=int, default=10, help="end after more non-finite steps in a row")
 
 
-def _add_camera(parser):
-    group = parser.add_argument_group("camera")
-    group.add_argument(
-        "--camera",
-        required=True,
-        metavar="FX,FY,U0,V0",
-        help="px; or a camera file (YAML or JSON, also of RealSense, Open3D, ROS; docs/camera.md); or one of "
-        f"{', '.join(PRESETS)}, which hold for the depth stream itself, not for depth aligned to colour",
+def _add_frames(parser):
+    kinds = "16-bit PNG, TIFF, .npy, MSRA .bin, with --camera NYU its colour PNG, or a folder of them: a "
+    order = "sequence in the order of the numbers in their names"
+    parser.add_argument("input", nargs="+", type=Path, help=kinds + order)
+    add = parser.add_argument_group("camera").add_argument
+    camera = (
+        "px; or a camera file (YAML or JSON, also of RealSense, Open3D, ROS; docs/camera.md); or one of "
+        f"{', '.join(PRESETS)}, which hold for the depth stream itself, not for depth aligned to colour"
     )
-    group.add_argument(
-        "--depth_unit",
-        type=float,
-        help="mm that a stored 1 means (default: the camera's own unit, 0.125 for SR300 and SR305, else 1)",
-    )
+    add("--camera", required=True, metavar="FX,FY,U0,V0", help=camera)
+    unit = "mm that a stored 1 means (default: the camera's own unit, 0.125 for SR300 and SR305, else 1)"
+    add("--depth_unit", type=float, help=unit)
 
 
 def _add_model(parser):
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model", type=Path, required=True, help="checkpoint (`python demo.py` makes one for trying)"
-    )
-    group.add_argument(
-        "--joints", choices=DATASETS, help="data set whose joints it predicts (default: the checkpoint's)"
-    )
-    group.add_argument("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", type=Path, required=True, help="checkpoint (`python demo.py` makes one for trying)")
+    add("--joints", choices=DATASETS, help="data set whose joints it predicts (default: the checkpoint's)")
+    add("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
+    add("--device", choices=DEVICES, default="auto")
 
 
 def _add_hand(parser):
     group = parser.add_argument_group("hand")
     where = group.add_mutually_exclusive_group()
-    where.add_argument(
-        "--center",
-        metavar="U,V,D",
-        help="its middle: column px, row px, depth mm; where U is negative --center=U,V,D",
-    )
-    where.add_argument(
-        "--bbox",
-        metavar="L,T,W,H",
-        help="the box that holds it: left, top, width, height, px; where L is negative --bbox=L,T,W,H",
-    )
-    group.add_argument(
-        "--hand",
-        choices=("right", "left"),
-        default="right",
-        help="which hand it is; a right hand in a mirrored picture is a left one",
-    )
+    center = "its middle: column px, row px, depth mm; where U is negative --center=U,V,D"
+    where.add_argument("--center", metavar="U,V,D", help=center)
+    box = "the box that holds it: left, top, width, height, px; where L is negative --bbox=L,T,W,H"
+    where.add_argument("--bbox", metavar="L,T,W,H", help=box)
+    hand = "which hand it is; a right hand in a mirrored picture is a left one"
+    group.add_argument("--hand", choices=("right", "left"), default="right", help=hand)
 
 
 def _add_output(parser):
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--out", type=Path, default=Path("Result/predict"), help="folder (default: %(default)s)"
-    )
-    _add_switch(group, "--pictures", "overlays and film; without, a sequence goes faster", default=True)
-    group.add_argument("--plot3d", action="store_true", help="also picture the points from two sides")
-    group.add_argument(
-        "--video",
-        choices=("mp4", "gif", "none"),
-        default="mp4",
-        help="film of a sequence (gif: 100 frames of it)",
-    )
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, default=Path("Result/predict"), help="folder (default: %(default)s)")
+    pictures = "overlays and film; without, a sequence goes faster"
+    add("--pictures", action=argparse.BooleanOptionalAction, default=True, help=pictures)
+    add("--plot3d", action="store_true", help="also picture the points from two sides")
+    add("--video", choices=("mp4", "gif", "none"), default="mp4", help="film of a sequence (gif: 100 frames)")
 
 
-def _add_switch(group, name, text, default=False):
-    group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
-
-
-def _subject(text):
-    if text != "all" and text not in map(str, range(MSRADataset.subjects)):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 to {MSRADataset.subjects - 1} nor all")
-    return text if text == "all" else int(text)
+def _number_or_text(text):
+    return int(text) if text.isdecimal() else text
 
 
 def _parse(parser, argv):
@@ -334,24 +261,9 @@ def _config_arguments(parser, path):
 
 
 def _check_ranges(args):
-    """Raise UserError for the first number of train's or test's options that is out of range."""
+    """Raise UserError for the first number among the options that is out of range."""
     for words, fits, names in RANGES:
         for name in names.split():
             value = getattr(args, name, None)
             if isinstance(value, (int, float)) and not fits(value):
                 raise UserError(f"--{name} must be {words}, not {value}")
-
-
-def _read_numbers(args):
-    """Turn camera, centre and box of the command line from text to numbers. Raises UserError."""
-    for name in ("depth_unit", "cube"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < inf:
-            raise UserError(f"--{name} must be above 0, not {value}")
-    args.camera = parse_camera(args.camera)
-    if args.depth_unit is not None:
-        args.camera = args.camera._replace(unit_mm=args.depth_unit)
-    args.center = args.center and split_numbers(args.center, 3, "--center")
-    args.bbox = args.bbox and split_numbers(args.bbox, 4, "--bbox")
-    if args.bbox and min(args.bbox[2:]) <= 0:
-        raise UserError(f"--bbox {args.bbox}: width and height must be above 0")
