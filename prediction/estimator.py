@@ -125,12 +125,11 @@ class HandPoseEstimator:
             return poses
         places = [poses[index] for index in hands]
         uvd, confidence = self._predict([place.crop for place in places])
-        better = {k: self._improved(place, uvd[k]) for k, place in enumerate(places) if place.guessed}
-        again = [k for k, place in better.items() if place is not None]
+        better = [self._improved(*found) for found in zip(places, uvd)]
+        again = [k for k, place in enumerate(better) if place is not places[k]]
         if again:
-            places = [better.get(k) or place for k, place in enumerate(places)]
-            uvd[again], confidence[again] = self._predict([places[k].crop for k in again])
-        for index, *output in zip(hands, places, uvd, confidence):
+            uvd[again], confidence[again] = self._predict([better[k].crop for k in again])
+        for index, *output in zip(hands, better, uvd, confidence):
             poses[index] = self._pose(*output)
         return poses
 
@@ -158,11 +157,14 @@ class HandPoseEstimator:
             return no_hand(error)
 
     def _improved(self, place, uvd):
-        """Return the Place around the hand that a first prediction shows, None where it is no other."""
-        middle_uvd = middle_of_hand(place.crop, uvd)
-        moved_mm = np.linalg.norm(np.subtract(*uvd2xyz([middle_uvd, place.center_uvd], place.camera)))
-        with suppress(ValueError):  # no hand can be there
-            return self._around(*place[:2], middle_uvd) if moved_mm > SECOND_PASS_MM else None
+        """Return the Place around the hand that a first prediction shows, which may be the same."""
+        if place.guessed:
+            middle_uvd = middle_of_hand(place.crop, uvd)
+            moved_mm = np.linalg.norm(np.subtract(*uvd2xyz([middle_uvd, place.center_uvd], place.camera)))
+            if moved_mm > SECOND_PASS_MM:
+                with suppress(ValueError):  # no hand can be there
+                    return self._around(place.frame, place.camera, middle_uvd)
+        return place
 
     def _around(self, frame, camera, center_uvd, guessed=True):
         """Return the Place of a hand at a centre, cut out as the model's data set cuts its hands.
