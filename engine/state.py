@@ -28,20 +28,10 @@ from utils import Stopped, UserError, atomic_path
 RETRY_S = 600
 
 # Options that may differ when a run is resumed: they do not change what is computed.
-FREE_OPTIONS = {
-    "config",
-    "data_dir",
-    "num_workers",
-    "device",
-    "gpu_id",
-    "epoch",
-    "resume",
-    "save_minutes",
-    "skip_bad",
-    "max_bad_steps",
-    "compile",
-    "init",
-}
+FREE_OPTIONS = set(
+    "config data_dir num_workers device gpu_id epoch resume save_minutes skip_bad max_bad_steps compile "
+    "init".split()
+)
 
 STATE_KEYS = "state_dict optimizer scheduler epoch progress records seed options index".split()
 
