@@ -24,7 +24,7 @@ from frames.cache import lines_of, make_record, open_cache, settings_of, write_c
 from frames.centers import computed_name, known_centers
 from frames.files import FrameError, LineFile
 from frames.handfinder import find_center
-from utils import UserError, atomic_path, run, start_worker, usable_cores
+from utils import UserError, atomic_path, one_line, run, start_worker, usable_cores
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
 HAND17_TRAIN_SHARE = 0.95
@@ -66,7 +66,7 @@ def nyu_lines(root, split):
     except NotImplementedError:
         raise UserError(f"{path} is in MATLAB's format 7.3, which SciPy cannot read: save it as v7") from None
     except Exception as error:  # scipy raises errors of any kind at damaged bytes
-        reason = " ".join(str(error).split())[:80]
+        reason = one_line(error)
         raise UserError(f"{path} is damaged ({reason}): extract the NYU archive again") from error
     if joints.ndim != 4 or not len(joints) or joints.shape[2:] != (36, 3) or joints.dtype.kind not in "fiu":
         raise UserError(f"{path}: joint_uvd is {joints.dtype} {joints.shape}, expected numbers [3, N, 36, 3]")
@@ -162,7 +162,7 @@ def for_each_frame(work, dataset, title):
                 yield from results
                 bar.update(len(results))
     except (RuntimeError, OSError) as error:
-        reason = str(error).split("\n")[0][:120]
+        reason = one_line(error)
         raise UserError(
             f"a process that reads {dataset.root} ended ({reason}): with too little memory, use fewer cores "
             "(taskset -c 0 python check_dataset.py ...)"

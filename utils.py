@@ -85,6 +85,11 @@ def discard(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def one_line(error):
+    """Return what an error says in one line of at most 160 characters."""
+    return " ".join(str(error).split())[:160]
+
+
 def start_worker(_=None):
     """Prepare a process that works for this one: one core, no signals, and no life after this one's.
 

@@ -14,7 +14,7 @@ import torch
 from datasets import DATASETS
 from engine.full_regression import COORDINATES_BIAS, FullRegression, label_size_of
 from model import PixelwiseRegression
-from utils import UserError, atomic_path, load_torch, require_file
+from utils import UserError, atomic_path, load_torch, one_line, require_file
 
 # What DataParallel and torch.compile put before the names of weights.
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
@@ -30,14 +30,14 @@ def torch_errors_explained():
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
             raise UserError(
-                f"{' '.join(str(error).split())[:120]}: where memory is short, give fewer --num_workers; "
+                f"{one_line(error)}: where memory is short, give fewer --num_workers; "
                 "where /dev/shm is small, enlarge it or give --num_workers 0"
             ) from error
         if torch.distributed.is_initialized() and any(word in str(error) for word in ("peer", "NCCL")):
             raise UserError("another process of this run ended: its own message says why") from error
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        reason = str(error).strip().split("\n")[0][:120]
+        reason = one_line(error)
         raise UserError(f"compiling failed ({reason}): leave --compile out, or install a compiler") from error
 
 
@@ -86,7 +86,7 @@ def load_checkpoint(path, needed=("state_dict", "model_param")):
         ) from error
     except Exception as error:  # torch and zipfile raise errors of any kind at changed bytes
         raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())[:80] or 'empty'}): copy or train it again"
+            f"{path} is damaged ({one_line(error) or 'empty'}): copy or train it again"
         ) from error
     absent = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if absent:
@@ -114,7 +114,7 @@ def load_network(path, dataset=None):
         network = cls(joints, **checkpoint["model_param"])
         network.load_state_dict(weights)
     except Exception as error:  # anything may stand in the place of weights and sizes
-        raise UserError(f"{path} does not fit this network: {' '.join(str(error).split())[:120]}") from error
+        raise UserError(f"{path} does not fit this network: {one_line(error)}") from error
     bad = next((name for name, value in weights.items() if not value.isfinite().all()), None)
     if bad:
         raise UserError(f"{path} holds weights that are not finite ({bad}): take an earlier epoch")

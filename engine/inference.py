@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from engine.winograd import as_winograd, is_worth_it
 from model import StageOutput
+from utils import one_line
 
 # The answer may move by this much between two ways to compute it. uv spans two cubes of about 150 mm.
 TOLERANCE_MM = 0.05
@@ -76,7 +77,7 @@ def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
                     run = faster
                     break
             except RuntimeError as error:  # no compiler, no Python.h, no Triton
-                reason = str(error).strip().split("\n")[0][:80]
+                reason = one_line(error)
                 tqdm.write(f"warning: a faster way was passed over: {type(error).__name__} ({reason})")
         return exact
 

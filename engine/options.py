@@ -11,7 +11,7 @@ import yaml
 from datasets import DATASETS, MSRADataset
 from frames.cameras import PRESETS, parse_camera, split_numbers
 from model import COORDINATE_LOSSES
-from utils import UserError, usable_cores
+from utils import UserError, one_line, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
 DEVICES = ("auto", "cpu", "cuda")
@@ -243,7 +243,7 @@ def _config_arguments(parser, path):
     try:
         options = yaml.safe_load(path.read_bytes()) or {}
     except (OSError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(options, dict):
         raise UserError(f"{path}: expected `option: value` lines")
     known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}

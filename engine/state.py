@@ -22,7 +22,7 @@ from engine import distributed
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.loops import Progress
 from engine.recipe import averaged
-from utils import Stopped, UserError, atomic_path
+from utils import Stopped, UserError, atomic_path, one_line
 
 # For so long a run that has ended tries to write what a full disk refused.
 RETRY_S = 600
@@ -121,7 +121,7 @@ class RunState:
             self.epoch, self.records = saved["epoch"], saved["records"]
             self.progress = Progress(**saved["progress"])
         except Exception as error:  # anything may stand in a changed file
-            path, reason = checkpoint_path(self.run, "last"), " ".join(str(error).split())[:120]
+            path, reason = checkpoint_path(self.run, "last"), one_line(error)
             raise UserError(f"{path} does not fit this run: {reason}") from error
         if saved["index"] != self.provenance["index"] and distributed.is_main():
             print("WARNING: the index files changed since the run began: it goes on with other data")

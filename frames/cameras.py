@@ -15,7 +15,7 @@ import yaml
 
 from frames.files import MAX_NUMBER, FrameError, decode_picture, read_bin, read_bytes, read_png, unpack_rgb
 from frames.transforms import Camera
-from utils import UserError, say
+from utils import UserError, one_line, say
 
 # In a folder these are taken for frames too, and refused with a reason, rather than passed over.
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".bmp", ".webp")
@@ -97,7 +97,7 @@ def parse_camera(text):
         try:
             return _camera_of(_flat(_load(Path(text))))
         except (KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             missing = f"{reason} is missing" if isinstance(error, KeyError) else reason
             raise UserError(f"--camera {text}: {missing} (docs/camera.md: Camera files)") from None
     numbers = split_numbers(text, 4, "--camera", f", a camera file or one of {', '.join(PRESETS)}")
@@ -126,7 +126,7 @@ def _load(path):
         is_json = path.suffix.lower() in (".json", ".jsonl")  # which may be indented by tabs, unlike YAML
         content = json.loads(text) if is_json else next(yaml.safe_load_all(text), None)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"--camera {path} cannot be read: {' '.join(str(error).split())[:120]}") from error
+        raise UserError(f"--camera {path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError("expected lines such as `fx: 475.0`")
     return content
@@ -351,7 +351,7 @@ def _read_npy(path, depth_camera):
     try:
         return np.load(data, allow_pickle=False)
     except Exception as error:  # NumPy reads the header as Python text, and raises whatever comes of that
-        raise FrameError(path, f"the array cannot be read: {' '.join(str(error).split())[:80]}") from None
+        raise FrameError(path, f"the array cannot be read: {one_line(error)}") from None
 
 
 def _read_bin(path, depth_camera):

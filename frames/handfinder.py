@@ -11,7 +11,7 @@ from torch import nn
 
 from frames.cameras import FARTHEST_MM
 from frames.transforms import Camera, center_of_mass, cut_bounding_box, uvd2xyz, xyz2uvd
-from utils import UserError, load_torch
+from utils import UserError, load_torch, one_line
 
 WEIGHTS = Path(__file__).parents[1] / "Model" / "handfinder.pt"  # tools/train_handfinder.py makes it
 
@@ -191,7 +191,7 @@ def load_judge():
     try:
         network.load_state_dict(load_torch(WEIGHTS)["state_dict"])
     except Exception as error:  # torch raises errors of any kind at changed bytes
-        reason = " ".join(str(error).split())[:80]
+        reason = one_line(error)
         raise UserError(f"the hand finder's {WEIGHTS} cannot be used ({reason}): {advice}") from None
     return network.eval().to(memory_format=torch.channels_last)  # twice as fast
 
