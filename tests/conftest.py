@@ -8,19 +8,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import runpy
 import shutil
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from processes import REPO, Finished
 
 from check_dataset import build_index, judge
 
-REPO = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = REPO.parent / "shared"
 
@@ -29,21 +27,6 @@ ON_CPU = "--device cpu --num_workers 0".split()
 NO_AUGMENTATION = "--using_rotation 0 --using_scale 0 --using_shift 0 --using_flip 0".split()
 
 torch.set_num_threads(1)
-
-
-class Finished(NamedTuple):
-    """How a script ended: exit status, standard output and standard error."""
-
-    status: int
-    out: str
-    err: str
-
-
-def run_process(script, *arguments, cwd):
-    """Run a script of the repository as a process of its own, as a user does."""
-    command = [sys.executable, REPO / script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 @cache

@@ -1,21 +1,17 @@
 """What the tests of training share: a tiny run, in this process or in one that can be killed."""
 
 import json
-import multiprocessing
-import os
-import resource
 import socket
 from pathlib import Path
-from unittest import mock
 
 import torch
+from processes import end_together, start
 
 import utils
 from engine.checkpoints import load_checkpoint
 from engine.options import parse_train
 from engine.training import train
 
-TESTS = Path(__file__).resolve().parent
 RUN = "ICVL_default"
 TINY = (
     "--dataset ICVL --label_size 16 --features 32 --level 0 --stages 1 --device cpu --num_workers 0 "
@@ -40,49 +36,33 @@ def train_tiny(*arguments):
     return train(parse_train("", [*TINY, *map(str, arguments)]))
 
 
-def tiny_process(folder, *arguments, limit_bytes=None, environment=()):
-    """Return a started process that trains in `folder`, its output in folder/output.txt.
-
-    It is forked from a server that has imported everything, so that it starts at once. It can write
-    no file larger than `limit_bytes`, and has variables `environment` besides this process's.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training", "torch.utils.tensorboard"])
-    process = context.Process(target=_train_in, args=(str(folder), arguments, limit_bytes, dict(environment)))
-    # The server does not get sys.path, and passes over in silence what it cannot import.
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)])):
-        process.start()
-    return process
+def tiny_process(folder, *arguments, limit_bytes=None):
+    """Return a forked process that trains in `folder`, its output in folder/output.txt (see `start`)."""
+    how = dict(cwd=folder, output=["output.txt"] * 2, limit_bytes=limit_bytes)
+    return start(train_as_a_script_does, *arguments, **how)
 
 
 def train_in_two(folder, *arguments):
-    """Train in two processes as torchrun starts them, but quicker; return their exit statuses."""
+    """Train in two processes as torchrun does, but quicker; return their exit statuses."""
+    return end_together(start_two(train_as_a_script_does, *arguments, cwd=folder), 120)
+
+
+def start_two(function, *arguments, cwd):
+    """Start two forked processes that work together, their output in cwd/output.txt; return them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [
-        tiny_process(folder, *arguments, environment={**shared, "RANK": str(n), "LOCAL_RANK": str(n)})
+    how = dict(cwd=cwd, output=["output.txt"] * 2)
+    return [
+        start(function, *arguments, **how, environment={**shared, "RANK": str(n), "LOCAL_RANK": str(n)})
         for n in range(2)
     ]
-    for process in processes:
-        process.join(120)
-        process.kill()
-    return [process.exitcode for process in processes]
 
 
-def _train_in(folder, arguments, limit_bytes, environment):
-    os.chdir(folder)
-    os.environ.update(environment)
-    # As in a process that a user starts; the server would hand on its own way.
-    multiprocessing.set_start_method("fork", force=True)
-    if limit_bytes:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    torch.set_num_threads(1)
-    raise SystemExit(utils.run(lambda: train_each(*arguments)))
+def train_as_a_script_does(*arguments):
+    """Train; return the exit status."""
+    return utils.run(lambda: train_each(*arguments))
 
 
 def train_each(*arguments):
