@@ -1,10 +1,6 @@
-"""Several processes, joined by gloo on the CPU, train as one does with the same global batch.
-
-`torchrun --nproc_per_node N tests/test_distributed.py` prints the losses of twenty steps.
-"""
+"""Several processes, joined by gloo on the CPU, train as one does with the same global batch."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,14 +8,21 @@ import time
 from pathlib import Path
 
 import numpy as np
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import pytest
 import torch
 from conftest import REPO, hidden_files
-from training import RUN, TINY, global_batches, records, repeat_lines, train_in_two, train_tiny
+from processes import end_together
+from training import (
+    RUN,
+    TINY,
+    global_batches,
+    records,
+    repeat_lines,
+    start_two,
+    train_as_a_script_does,
+    train_in_two,
+    train_tiny,
+)
 
 from datasets import DATASETS
 from engine import distributed
@@ -32,19 +35,12 @@ from model import PixelwiseRegression
 from utils import UserError
 
 LAST = Path("Model", f"{RUN}_last.pt")
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc_per_node",
-    "2",
-]
+TORCHRUN = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
 TRAIN = [*TORCHRUN, REPO / "train.py", *TINY]
 
 
 def torchrun(*arguments, cwd="."):
-    """Train in two processes; return their exit status and what they printed."""
+    """Train in two processes by the command that users give; return its exit status and what was printed."""
     command = [*TRAIN, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr
@@ -131,24 +127,37 @@ def losses_in_double_precision():
     for batch in batches_of(make_loader(frames, sampler, args, torch.device("cpu"), own_batch)):
         samples = type(batch.samples)(*(field.double() for field in batch.samples))
         losses.append(train_step(state.parallel, state.optimizer, samples, args)[0])
-    return losses if distributed.is_main() else None
+    return losses
+
+
+def write_losses():
+    """Write losses.json, in the first of several processes."""
+    losses = losses_in_double_precision()
+    if distributed.is_main():
+        Path("losses.json").write_text(json.dumps(losses))
+
+
+@pytest.fixture
+def two(data, tmp_path):
+    """Return another folder that shares the data."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    (folder / "Data").symlink_to(tmp_path / "Data")
+    return folder
 
 
 @pytest.mark.parametrize("frames, val_frames", [(4, 1), (7, 4), (9, 41)])
-def test_two_processes_equal_one_at_every_remainder(frames, val_frames, data, tmp_path):
+def test_two_processes_equal_one_at_every_remainder(frames, val_frames, data, two):
     """Batches of two; a process may have one validation frame more than the other, or none at all."""
     repeat_lines(data / "train.txt", frames)
     repeat_lines(data / "val.txt", val_frames)
     options = ["--batch_size", 2, "--epoch", 1, "--lr", 1e-6, "--save_minutes", 0]
-    other = tmp_path / "two"
-    other.mkdir()
-    (other / "Data").symlink_to(tmp_path / "Data")
-    assert train_in_two(other, *options) == [0, 0], (other / "output.txt").read_text()
+    assert train_in_two(two, *options) == [0, 0], (two / "output.txt").read_text()
     train_tiny(*options)
-    (one,), (two,) = records(), records(other)
-    assert one["val_mm"] == pytest.approx(two["val_mm"], abs=1e-3)
-    assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
-    assert one["val_loss"] == pytest.approx(two["val_loss"], abs=1e-5)
+    (one,), (other,) = records(), records(two)
+    assert one["val_mm"] == pytest.approx(other["val_mm"], abs=1e-3)
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    assert one["val_loss"] == pytest.approx(other["val_loss"], abs=1e-5)
 
 
 def test_several_runs_follow_each_other_in_the_same_processes(data):
@@ -165,60 +174,52 @@ def test_two_processes_take_the_same_steps_as_one(data):
     """In double precision Adam's divisions do not make rounding visible: only a mistake would be."""
     repeat_lines(data / "train.txt", 120)
     one = losses_in_double_precision()
-    done = subprocess.run([*TORCHRUN, __file__], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)
-    assert len(one) == len(two) == 20 and np.ptp(one) > 0.1
-    np.testing.assert_allclose(two, one, rtol=0, atol=1e-9)
+    assert end_together(start_two(write_losses, cwd="."), 120) == [0, 0], Path("output.txt").read_text()
+    other = json.loads(Path("losses.json").read_text())
+    assert len(one) == len(other) == 20 and np.ptp(one) > 0.1
+    np.testing.assert_allclose(other, one, rtol=0, atol=1e-9)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(data, tmp_path):
-    """Twenty steps, each an epoch with a validation, so that every loss and error is on record.
+def test_two_processes_train_as_one(data, two):
+    """Ten steps, each an epoch with a validation, so that every loss and error is on record.
 
     Adam divides gradients by their size, and so makes differences of rounding as large as the rate,
     which is small here; the test above is for large steps.
     """
-    options = ["--batch_size", 8, "--epoch", 20, "--lr", 1e-6]
-    other = tmp_path / "two"
-    other.mkdir()
-    (other / "Data").symlink_to(tmp_path / "Data")
-    status, out, err = torchrun(*options, cwd=other)
+    options = ["--batch_size", 8, "--epoch", 10, "--lr", 1e-6]
+    status, out, err = torchrun(*options, cwd=two)
     assert status == 0, err
     train_tiny(*options)
-    one, two = records(), records(other)
-    assert len(one) == len(two) == 20
+    one, other = records(), records(two)
+    assert len(one) == len(other) == 10
     for key, limit in (("loss", 1e-5), ("val_loss", 1e-5), ("val_mm", 1e-3)):
-        apart = np.abs([a[key] - b[key] for a, b in zip(one, two)])
+        apart = np.abs([a[key] - b[key] for a, b in zip(one, other)])
         assert apart.max() < limit, (key, apart)
     # One process prints, logs and saves.
-    assert [out.count(f"epoch {epoch:>3}  loss") for epoch in range(1, 21)] == [1] * 20
-    assert len(list((other / "logs" / RUN).glob("events*"))) == 1 and not hidden_files(other / "Model")
-    assert len(load_checkpoint(other / LAST)["state_dict"]) > 50
+    assert [out.count(f"epoch {epoch:>3}  loss") for epoch in range(1, 11)] == [1] * 10
+    assert len(list((two / "logs" / RUN).glob("events*"))) == 1 and not hidden_files(two / "Model")
+    assert len(load_checkpoint(two / LAST)["state_dict"]) > 50
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [1, 2])
-def test_resume_with_another_number_of_processes(first, data, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "Data").symlink_to(tmp_path / "Data")
-    train_tiny("--epoch", 4, "--opt", "sgd")
-    before = Path.cwd()
-    for processes, options in ((first, ["--epoch", 2]), (3 - first, ["--epoch", 4, "--resume"])):
-        if processes == 2:
-            status, _, err = torchrun("--opt", "sgd", *options, cwd=other)
-            assert status == 0, err
-        else:
-            os.chdir(other)
-            train_tiny("--opt", "sgd", *options)
-            os.chdir(before)
-    for one, two in zip(records(), records(other), strict=True):
-        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-3
+def test_resume_with_another_number_of_processes(data, two, monkeypatch):
+    """From one to two, and from two to one."""
+    sgd, first, both = ("--opt", "sgd"), ("--epoch", 1), ("--epoch", 2, "--resume")
+    train_tiny(*sgd)
+    assert train_in_two(two, *sgd, *first) == [0, 0], (two / "output.txt").read_text()
+    with monkeypatch.context() as patch:
+        patch.chdir(two)
+        train_tiny(*sgd, *both)
+        train_tiny(*sgd, *first, "--suffix", "more")
+    assert train_in_two(two, *sgd, *both, "--suffix", "more") == [0, 0], (two / "output.txt").read_text()
+    for run in (RUN, "ICVL_more"):
+        for one, other in zip(records(), records(two, run), strict=True):
+            assert abs(one["loss"] - other["loss"]) < 1e-5 and abs(one["val_mm"] - other["val_mm"]) < 1e-3
 
 
 @pytest.mark.slow
-def test_frames_that_cannot_be_used_are_replaced_alike(data, tmp_path):
+def test_frames_that_cannot_be_used_are_replaced_alike(data, two):
     """Validation of a single frame leaves one process without any."""
     lines = (data / "train.txt").read_text().splitlines()
     assert len({line.split()[0] for line in lines}) > 1
@@ -226,15 +227,11 @@ def test_frames_that_cannot_be_used_are_replaced_alike(data, tmp_path):
     (data / "train.txt").write_text("\n".join(lines))
     (data / "val.txt").write_text((data / "val.txt").read_text().splitlines()[0])
     options = ["--batch_size", 8, "--epoch", 3, "--opt", "sgd", "--skip_bad", "--seed", 2]
-    other = tmp_path / "two"
-    other.mkdir()
-    (other / "Data").symlink_to(tmp_path / "Data")
-    status, _, err = torchrun(*options, cwd=other)
-    assert status == 0, err
+    assert train_in_two(two, *options) == [0, 0], (two / "output.txt").read_text()
     train_tiny(*options)
-    for one, two in zip(records(), records(other), strict=True):
-        assert one["refused"] == two["refused"] == 6 + 5 + 4 + 3 + 2 + 1
-        assert abs(one["loss"] - two["loss"]) < 1e-5 and abs(one["val_mm"] - two["val_mm"]) < 1e-3
+    for one, other in zip(records(), records(two), strict=True):
+        assert one["refused"] == other["refused"] == 6 + 5 + 4 + 3 + 2 + 1
+        assert abs(one["loss"] - other["loss"]) < 1e-5 and abs(one["val_mm"] - other["val_mm"]) < 1e-3
 
 
 @pytest.mark.slow
@@ -248,8 +245,8 @@ def test_frame_that_one_process_cannot_read_ends_all(workers, data):
     mended = (data / "train.txt").read_text()
     (data / "train.txt").write_text("\n".join(lines))
     options = ["--batch_size", 2, "--epoch", 1, "--num_workers", workers, "--save_minutes", 0]
-    status, _, err = torchrun(*options)
-    assert status != 0 and f"error: {data}" in err and "_gone.png" in err and "]: Traceback" not in err
+    statuses, out = train_in_two(".", *options), Path("output.txt").read_text()
+    assert all(statuses) and f"error: {data}" in out and "_gone.png" in out and "Traceback" not in out
     assert load_checkpoint(LAST, STATE_KEYS)["progress"]["step"] == 2
     (data / "train.txt").write_text(mended)
     train_tiny(*options, "--resume")
@@ -258,25 +255,35 @@ def test_frame_that_one_process_cannot_read_ends_all(workers, data):
 
 @pytest.mark.slow
 def test_what_one_process_finds_wrong_at_the_start_is_said_without_a_traceback(data):
-    status, _, err = torchrun("--resume")
-    assert status != 0 and f"error: {LAST} not found" in err and "]: Traceback" not in err
+    statuses, out = train_in_two(".", "--resume"), Path("output.txt").read_text()
+    assert all(statuses) and f"error: {LAST} not found" in out and "Traceback" not in out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_sigterm_stops_all_processes_in_the_same_step(workers, data, tmp_path):
-    repeat_lines(data / "train.txt", 400)
-    options = ["--batch_size", "2", "--epoch", "1", "--num_workers", workers, "--save_minutes", "0"]
-    process = subprocess.Popen([*TRAIN, *options], stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("workers, by_torchrun", [(0, True), (1, False)])
+def test_sigterm_stops_all_processes_in_the_same_step(workers, by_torchrun, data):
+    repeat_lines(data / "train.txt", 200)
+    options = ["--batch_size", "2", "--epoch", "1", "--num_workers", str(workers), "--save_minutes", "0"]
+    if by_torchrun:
+        processes = [subprocess.Popen([*TRAIN, *options], stderr=Path("output.txt").open("w"))]
+        is_running = lambda process: process.poll() is None  # noqa: E731
+    else:
+        processes = start_two(train_as_a_script_does, *options, cwd=".")
+        is_running = lambda process: process.is_alive()  # noqa: E731
     while not LAST.is_file():
-        assert process.poll() is None
+        assert all(map(is_running, processes)), Path("output.txt").read_text()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=90)
-    assert process.returncode != 0 and err.count("stopped by SIGTERM in epoch 1 after step ") == 2
+    for process in processes:
+        process.terminate()
+    if by_torchrun:
+        assert processes[0].wait(90) != 0
+    else:
+        assert end_together(processes, 90) == [128 + signal.SIGTERM] * 2
+    err = Path("output.txt").read_text()
+    assert err.count("stopped by SIGTERM in epoch 1 after step ") == 2
     saved = load_checkpoint(LAST, STATE_KEYS)
     step = saved["progress"]["step"]
-    assert 0 < step < 200 and f"after step {step};" in err
+    assert 0 < step < 100 and f"after step {step};" in err
     train_tiny(*options[:4], "--resume")
     (record,) = records()
     assert record["epoch"] == 1 and torch.isfinite(torch.tensor(record["loss"]))
@@ -284,10 +291,5 @@ def test_sigterm_stops_all_processes_in_the_same_step(workers, data, tmp_path):
 
 @pytest.mark.slow
 def test_batch_norm_needs_gpus_to_be_synchronised(data):
-    status, _, err = torchrun("--norm_method", "batch")
-    assert status != 0 and "error: batch norm is synchronised between GPUs only" in err
-
-
-if __name__ == "__main__":
-    if losses := losses_in_double_precision():
-        print(json.dumps(losses))
+    statuses, out = train_in_two(".", "--norm_method", "batch"), Path("output.txt").read_text()
+    assert all(statuses) and "error: batch norm is synchronised between GPUs only" in out
