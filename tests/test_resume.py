@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ON_CPU, REPO, hidden_files
+from processes import start_script
 from training import (
     RUN,
     TINY,
@@ -393,13 +393,14 @@ def test_killed_at_twenty_moments_it_ends_the_same(workers, place, data, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_to_the_whole_process_group_ends_a_script_in_order(number, place):
     """As a batch system or Ctrl-C does it: the loading processes get the signal too."""
-    command = [sys.executable, REPO / "train.py", *TINY, "--epoch", "1000", "--num_workers", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while not LAST.is_file():
-            assert process.poll() is None
-            time.sleep(0.05)
-        os.killpg(process.pid, number)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    words = [*TINY, "--epoch", 1000, "--num_workers", 2]
+    process = start_script("train.py", *words, cwd=place, output=["out.txt", "err.txt"])
+    while not LAST.is_file():
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    process.join(60)
+    err = Path("err.txt").read_text()
+    assert process.exitcode == 128 + number
     assert err.splitlines()[-1].startswith(f"stopped by {number.name} in epoch ")
     assert "--resume" in err and "Traceback" not in err and not hidden_files("Model")
