@@ -1,9 +1,9 @@
 """Random damage to every kind of file ends in a clear error, a refused frame, or does no harm.
 
-The damage is done in a process of its own, so that a crash or a hang there fails a test here:
-`python tests/test_fuzz.py Data/NYU CASES` damages that data set and the run states in Model, file after file.
+The damage is done in a process of its own, so that a crash or a hang there fails a test here.
 """
 
+import faulthandler
 import hashlib
 import io
 import json
@@ -11,19 +11,17 @@ import random
 import re
 import resource
 import shutil
-import subprocess
 import sys
+import warnings
 from collections import Counter
 from functools import cache as remember
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import pytest
 import torch
 from conftest import refusal
+from processes import run_function
 
 from check_dataset import build_cache, build_index, open_parts
 from datasets import DATASETS
@@ -260,9 +258,10 @@ def fuzz(name, root, cases):
     return outcomes
 
 
-def main():
-    root, cases = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
+def print_outcomes(root, cases):
+    """Fuzz and print what came of it, as a script would that ends where memory does."""
+    faulthandler.enable()
+    warnings.simplefilter("ignore")
     np.seterr(all="ignore")
     # More than twice what the data take: a length that damage made absurd must not be believed.
     resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, 6 << 30))
@@ -270,15 +269,10 @@ def main():
 
 
 def damage_in_process(root, cases):
-    """Run `main` in a process; return the outcomes' counts."""
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-W", "ignore", __file__, root, str(cases)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, (done.returncode, done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    """Fuzz in a process; return the outcomes' counts."""
+    done = run_function(print_outcomes, root, cases, cwd=Path.cwd())
+    assert done.status == 0, (done.status, done.err[-3000:])
+    return json.loads(done.out.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")
@@ -408,7 +402,3 @@ def test_damaged_cache_serves_the_samples_of_the_files(prepared):
         frames = DATASETS["NYU"](path=root)
         for index, sample in enumerate(wanted):
             assert all(torch.equal(a, b) for a, b in zip(frames.sample(index), sample))
-
-
-if __name__ == "__main__":
-    main()
