@@ -1,6 +1,6 @@
 """The commands of the README from official files to printed errors, on golden data and on one real frame.
 
-Each data set's commands run once, as processes; the tests look at what they left.
+Each data set's commands run once, as forked processes; the tests look at what they left.
 """
 
 import json
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import NO_AUGMENTATION, ON_CPU, SHARED, SMALL_NETWORK, copy_golden, run_process
+from conftest import NO_AUGMENTATION, ON_CPU, SHARED, SMALL_NETWORK, copy_golden
+from processes import run_forked
 
 from datasets import DATASETS
 from engine.metrics import PROTOCOLS
@@ -49,9 +50,9 @@ def golden_chain(folder, name):
     training = [*options, *SMALL_NETWORK, "--epoch", 2, "--batch_size", 2, "--alpha", 0.5, "--seed", 11]
     return Chain(
         folder,
-        run_process("check_dataset.py", "--dataset", name, cwd=folder),
-        run_process("train_msra.py" if msra else "train.py", *training, cwd=folder),
-        run_process("test_msra.py" if msra else "test.py", *options, cwd=folder),
+        run_forked("check_dataset.py", "--dataset", name, cwd=folder),
+        run_forked("train_msra.py" if msra else "train.py", *training, cwd=folder),
+        run_forked("test_msra.py" if msra else "test.py", *options, cwd=folder),
     )
 
 
@@ -64,14 +65,14 @@ def real_chain(folder):
         root = folder / "Data" / "NYU"
         shutil.copytree(SHARED / "real/nyu/test", root / split)
         shutil.copy(SHARED / "real/nyu/nyu_center_test.txt", root / f"nyu_center_{split}.txt")
-    check = run_process("check_dataset.py", "--dataset", "NYU", cwd=folder)
+    check = run_forked("check_dataset.py", "--dataset", "NYU", cwd=folder)
     (root / "train.txt").write_text((root / "train.txt").read_text() * REAL_REPEATS)
     recipe = "--epoch 4 --batch_size 1 --lr 3e-3 --decay_epoch 3 --seed 1".split()
     return Chain(
         folder,
         check,
-        run_process("train.py", *ON_CPU, *SMALL_NETWORK, *NO_AUGMENTATION, *recipe, cwd=folder),
-        run_process("test.py", *ON_CPU, cwd=folder),
+        run_forked("train.py", *ON_CPU, *SMALL_NETWORK, *NO_AUGMENTATION, *recipe, cwd=folder),
+        run_forked("test.py", *ON_CPU, cwd=folder),
     )
 
 
