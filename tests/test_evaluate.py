@@ -363,11 +363,9 @@ def test_the_script_writes_table_figure_and_json(tmp_path, labels_path):
     assert image.std() > 0
 
 
-def test_the_script_ends_with_one_line_after_an_error(tmp_path, labels_path):
-    command = [sys.executable, ROOT / "evaluate.py", "--dataset", "ICVL", "--labels", labels_path]
-    command.append(tmp_path / "none.txt")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "none.txt" in done.stderr
+def test_the_script_ends_with_one_line_after_an_error(tmp_path, labels_path, script):
+    done = script("evaluate.py", "--dataset", "ICVL", "--labels", labels_path, tmp_path / "none.txt")
+    assert done.status == 1
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    assert "none.txt" in done.err
