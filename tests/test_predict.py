@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ON_CPU, run_process
+from conftest import ON_CPU
 
 from datasets import DATASETS
 from engine.checkpoints import load_network, save_checkpoint
@@ -172,17 +172,17 @@ def test_a_batch_gives_what_single_frames_give(estimator):
         np.testing.assert_allclose(pose.joints_xyz, estimator(frame).joints_xyz, atol=0.05)
 
 
-def test_the_script_writes_what_the_call_returns_and_goes_on_after_bad_frames(tmp_path, model, estimator):
+def test_the_script_writes_what_the_call_returns_and_goes_on_after_bad_frames(
+    tmp_path, model, estimator, script
+):
     folder = tmp_path / "recording"
     write_png(folder / "depth_1.png", hand_frame())
     write_png(folder / "depth_2.png", np.zeros((480, 640), np.uint16))
     write_png(folder / "depth_3.jpg", np.full((480, 640, 3), 90, np.uint8))
     (folder / "depth_4.png").write_bytes(b"")
     np.save(folder / "depth_10.npy", hand_frame(column=330).astype(np.float32))
-    done = run_process(
-        "predict.py", folder, "--camera", CAMERA_TEXT, "--model", model, "--device", "cpu", "--plot3d",
-        "--out", tmp_path / "out", cwd=tmp_path,
-    )  # fmt: skip
+    options = ["--camera", CAMERA_TEXT, "--model", model, "--device", "cpu", "--plot3d"]
+    done = script("predict.py", folder, *options, "--out", tmp_path / "out")
     assert done.status == 3
     assert done.err.count("warning:") == 3 and "Traceback" not in done.err
     assert "2 of 5 frames have joints" in done.out and "frames a second" in done.out
@@ -281,15 +281,15 @@ def test_a_gif_keeps_few_pictures_in_memory(tmp_path):
     assert 80 < len(gif.pictures) <= 100
 
 
-def test_the_script_takes_a_presets_name_and_a_center(tmp_path, model):
-    frame = write_png(tmp_path / "frame.png", (hand_frame() * 8).astype(np.uint16))
+def test_the_script_takes_a_presets_name_and_a_center(workplace, model, script):
+    write_png(Path("frame.png"), (hand_frame() * 8).astype(np.uint16))
     options = ["--camera", "SR305", "--center", "320,240,510", "--model", model, "--device", "cpu"]
-    done = run_process("predict.py", frame, *options, cwd=tmp_path)
+    done = script("predict.py", "frame.png", *options)
     assert done.status == 0, done.err
-    head, frames = read_results(tmp_path / "Result/predict")
+    head, frames = read_results()
     assert head["depth_unit_mm"] == 0.125
     assert frames[0]["center_uvd"] == [320, 240, 510]
-    assert not (tmp_path / "Result/predict/film.mp4").exists()
+    assert not Path("Result/predict/film.mp4").exists()
 
 
 @pytest.mark.parametrize(
