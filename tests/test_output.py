@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import REPO, hidden_files
+from processes import start_script
 from test_predict import CAMERA_TEXT, hand_frame, read_results, save_network, write_png
 
 from frames.cameras import DepthCamera, parse_camera
@@ -51,27 +51,31 @@ def test_a_folder_whose_name_is_not_utf8_gets_results_without_a_film(workplace, 
     assert done.status == 0 and len(list(Path(out, "overlay").iterdir())) == 2
 
 
-def start_predicting(folder, out, model, count=400, **pipes):
-    """Start predict.py on a long sequence; return the process once some frames are written."""
+def long_sequence(folder, out, model, count=400):
+    """Make a long sequence; return the words that tell predict.py of it."""
     write_png(folder / "0.png", hand_frame())
     for number in range(1, count):
         (folder / f"{number}.png").hardlink_to(folder / "0.png")
-    command = [sys.executable, REPO / "predict.py", folder, *OPTIONS, "--model", model, "--out", out]
-    process = subprocess.Popen(list(map(str, command)), text=True, **pipes)
+    return [folder, *OPTIONS, "--model", model, "--out", out]
+
+
+def wait_for_frames(out, is_running):
+    """Wait until some frames are written."""
     results = out / "predictions.jsonl"
     while not results.exists() or results.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None
+        assert is_running()
         time.sleep(0.05)
-    return process
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_what_was_written_stays_however_the_run_ends(number, tmp_path, model):
-    process = start_predicting(tmp_path / "in", tmp_path / "out", model, stderr=subprocess.PIPE)
-    process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode and "Traceback" not in error
+    words = long_sequence(tmp_path / "in", tmp_path / "out", model)
+    process = start_script("predict.py", *words, cwd=tmp_path, output=["printed.txt", "error.txt"])
+    wait_for_frames(tmp_path / "out", process.is_alive)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode and "Traceback" not in (tmp_path / "error.txt").read_text()
     frames = read_results(tmp_path / "out")[1]
     assert 3 <= len(frames) < 400 and all(frame["joints"] for frame in frames)
     assert hidden_files(tmp_path / "out") == [] or number == signal.SIGKILL
@@ -81,10 +85,11 @@ def test_what_was_written_stays_however_the_run_ends(number, tmp_path, model):
 
 def test_a_closed_pipe_ends_nothing(tmp_path, model):
     folder, out = tmp_path / "in", tmp_path / "out"
-    (folder / "a.npy").parent.mkdir()
+    words = long_sequence(folder, out, model, count=8)
     (folder / "a.npy").write_bytes(b"damaged")  # a warning on a closed stream, with the frames still to come
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start_predicting(folder, out, model, count=8, **pipes)
+    command = list(map(str, [sys.executable, REPO / "predict.py", *words]))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_frames(out, lambda: process.poll() is None)
     process.stdout.close()
     process.stderr.close()
     assert process.wait(timeout=60) == 3
@@ -93,15 +98,11 @@ def test_a_closed_pipe_ends_nothing(tmp_path, model):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_whole_lines(tmp_path, model):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    for number in range(8):
-        write_png(folder / f"{number}.png", hand_frame())
-    command = [sys.executable, REPO / "predict.py", folder, *OPTIONS, "--model", model, "--no-pictures"]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # noqa: E731
-    done = subprocess.run(
-        [*map(str, command), "--out", out], preexec_fn=limit, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 1 and done.stderr.startswith(f"error: cannot write {out}: ")
+    out, error = tmp_path / "out", tmp_path / "error.txt"
+    words = [*long_sequence(tmp_path / "in", out, model, count=8), "--no-pictures"]
+    process = start_script("predict.py", *words, cwd=tmp_path, output=[os.devnull, error], limit_bytes=9000)
+    process.join(100)
+    assert process.exitcode == 1 and error.read_text().startswith(f"error: cannot write {out}: ")
     assert (out / "predictions.jsonl").read_bytes().endswith(b"}\n")
     assert 2 <= len(read_results(out)[1]) < 8
     assert (out / "predictions.csv").read_bytes().endswith(b"\r\n")
