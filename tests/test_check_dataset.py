@@ -4,8 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
-from conftest import GOLDEN, REPO, expected, hidden_files, refusal
+from conftest import GOLDEN, expected, hidden_files, refusal
+from processes import start_script
 
 from datasets import DATASETS
 
@@ -274,12 +273,11 @@ def long_check(fresh_indexed):
         root = fresh_indexed("HAND17")
         for lines in (root / "training/Training_Annotation.txt", root / "train.txt"):
             lines.write_text(lines.read_text() * 1_000)
-        command = [sys.executable, REPO / "check_dataset.py", "--dataset", "HAND17", *options]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        err = ""
-        while "frame/s" not in err:
-            assert process.poll() is None, err
-            err += process.stderr.read(10)
+        words, err = ["--dataset", "HAND17", *options], Path("err.txt")
+        process = start_script("check_dataset.py", *words, cwd=Path.cwd(), output=[os.devnull, err])
+        while not err.exists() or "frame/s" not in err.read_text():
+            assert process.is_alive(), err.read_text()
+            time.sleep(0.02)
         return process
 
     return start
@@ -300,25 +298,25 @@ def left_of_session(leader):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_its_processes_and_writes_nothing(number, long_check):
     """To the whole group, as from a terminal or a batch system."""
-    with long_check("--force") as process:
-        before = Path("Data/HAND17/train.txt").stat()
-        os.killpg(process.pid, number)
-        err = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number and "Traceback" not in err
+    process = long_check("--force")
+    before = Path("Data/HAND17/train.txt").stat()
+    os.killpg(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number and "Traceback" not in Path("err.txt").read_text()
     assert not left_of_session(process.pid)
     assert Path("Data/HAND17/train.txt").stat() == before and not hidden_files("Data")
 
 
 def test_killing_it_leaves_no_process_behind(long_check):
     """Not even one whose results, a cache's records, nobody reads any more."""
-    with long_check("--cache") as process:
-        process.kill()
-        process.wait()
-        deadline = time.monotonic() + 20
-        while (left := left_of_session(process.pid)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for number in left:
-            os.kill(number, signal.SIGKILL)
+    process = long_check("--cache")
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 20
+    while (left := left_of_session(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for number in left:
+        os.kill(number, signal.SIGKILL)
     assert not left
 
 
