@@ -10,11 +10,17 @@ from engine.inference import moved_mm, prepare
 from model import PixelwiseRegression, StageOutput
 
 
+def random_network(seed=3, **size):
+    """Return a network in float64, for random weights amplify rounding."""
+    torch.manual_seed(seed)
+    # Two stages, so that one taken for the other shows.
+    size = {"stage": 2, "features": 32, "level": 0, "norm_method": "instance"} | size
+    return PixelwiseRegression(5, label_size=16, **size).double().eval()
+
+
 @pytest.fixture(params=["instance", "batch"])
 def network(request):
-    """Two stages, so that one taken for the other shows; in float64, for random weights amplify rounding."""
-    torch.manual_seed(3)
-    return PixelwiseRegression(5, 2, 16, features=32, level=2, norm_method=request.param).double().eval()
+    return random_network(level=2, norm_method=request.param)
 
 
 def inputs(batch):
@@ -69,32 +75,47 @@ def test_a_faster_way_that_moves_the_answer_is_not_taken(network, monkeypatch):
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 
 
+@pytest.fixture
+def compiled_calls(monkeypatch):
+    """Let few frames repay compiling; return a list of the batches that compiled code gets."""
+    compile_frozen, shapes = inference.compile_frozen, []
+
+    def noted(network, inputs):
+        compiled = compile_frozen(network, inputs)
+        return lambda *x: (shapes.append(len(x[0])), compiled(*x))[1]
+
+    monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
+    monkeypatch.setattr(inference, "compile_frozen", noted)
+    return shapes
+
+
 @pytest.mark.slow
 @needs_compiler
-def test_long_work_is_compiled_and_a_last_short_batch_is_not(network, monkeypatch):
-    monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
+def test_long_work_is_compiled_and_a_last_short_batch_is_not(compiled_calls):
+    network = random_network()
     forward = prepare(network, torch.device("cpu"), frames=5)
     for batch in (2, 2, 1):
         assert_same(network, forward, batch)
+    assert compiled_calls == [2, 2], "once to see that it gives the same"
 
 
 @pytest.mark.slow
-def test_without_a_working_compiler_the_network_runs_as_it_is(network, monkeypatch, capsys, tmp_path):
+def test_without_a_working_compiler_the_network_runs_as_it_is(compiled_calls, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
     torch.compiler.reset()
+    network = random_network(stage=1)
     with torch._inductor.config.patch({"cpp.cxx": ("false",)}):
         assert_same(network, prepare(network, torch.device("cpu"), frames=5), 2)
-    assert "warning: a faster way was passed over" in capsys.readouterr().out
+    assert "warning: a faster way was passed over" in capsys.readouterr().out and not compiled_calls
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_wide_networks_take_frames_one_by_one_and_are_not_mixed_up(monkeypatch):
-    monkeypatch.setitem(inference.COMPILE_FRAMES, "cpu", 4)
+def test_wide_networks_take_frames_one_by_one_and_are_not_mixed_up(compiled_calls):
     for seed in (3, 4):
-        torch.manual_seed(seed)
-        network = PixelwiseRegression(5, 2, 16, features=128, level=0, norm_method="instance").double().eval()
+        network = random_network(seed, stage=1, features=128)
         forward = prepare(network, torch.device("cpu"), frames=5)
         for batch in (2, 1, 2):
             assert_same(network, forward, batch)
+        assert compiled_calls == [1] * (2 + 2 + 1)
+        compiled_calls.clear()
