@@ -23,21 +23,22 @@ def network(request):
     return random_network(level=2, norm_method=request.param)
 
 
-def inputs(batch):
+def inputs(batch, dtype=torch.float64):
     generator = torch.Generator().manual_seed(batch)
     img, label_img = (
-        torch.rand(batch, 1, size, size, generator=generator, dtype=torch.float64) - 0.5 for size in (32, 16)
+        torch.rand(batch, 1, size, size, generator=generator, dtype=dtype) - 0.5 for size in (32, 16)
     )
-    return img, label_img, (label_img > 0).double()
+    return img, label_img, (label_img > 0).to(dtype)
 
 
 @torch.no_grad()
-def assert_same(network, forward, batch):
-    expected = StageOutput(*(field.float() for field in network(*inputs(batch))[-1]))
-    answer = forward(*inputs(batch))
-    assert moved_mm(answer.uvd, expected.uvd) < 0.01
-    assert torch.allclose(answer.heatmaps, expected.heatmaps, atol=1e-5)
-    assert torch.allclose(answer.depthmaps, expected.depthmaps, atol=1e-3)
+def assert_same(network, forward, batch, rounding=1):
+    batch = inputs(batch, next(network.parameters()).dtype)
+    expected = StageOutput(*(field.float() for field in network(*batch)[-1]))
+    answer = forward(*batch)
+    assert moved_mm(answer.uvd, expected.uvd) < 0.01 * rounding
+    assert torch.allclose(answer.heatmaps, expected.heatmaps, atol=1e-5 * rounding)
+    assert torch.allclose(answer.depthmaps, expected.depthmaps, atol=1e-3 * rounding)
 
 
 def test_fast_path_gives_the_networks_answer_and_leaves_it_alone(network):
@@ -92,10 +93,10 @@ def compiled_calls(monkeypatch):
 @pytest.mark.slow
 @needs_compiler
 def test_long_work_is_compiled_and_a_last_short_batch_is_not(compiled_calls):
-    network = random_network()
-    forward = prepare(network, torch.device("cpu"), frames=5)
+    network = random_network().float()  # torch freezes no float64
+    forward = prepare(network, torch.device("cpu"), frames=5, tolerance_mm=1)
     for batch in (2, 2, 1):
-        assert_same(network, forward, batch)
+        assert_same(network, forward, batch, rounding=100)
     assert compiled_calls == [2, 2], "once to see that it gives the same"
 
 
@@ -113,9 +114,9 @@ def test_without_a_working_compiler_the_network_runs_as_it_is(compiled_calls, mo
 @needs_compiler
 def test_wide_networks_take_frames_one_by_one_and_are_not_mixed_up(compiled_calls):
     for seed in (3, 4):
-        network = random_network(seed, stage=1, features=128)
-        forward = prepare(network, torch.device("cpu"), frames=5)
+        network = random_network(seed, stage=1, features=128).float()
+        forward = prepare(network, torch.device("cpu"), frames=5, tolerance_mm=1)
         for batch in (2, 1, 2):
-            assert_same(network, forward, batch)
+            assert_same(network, forward, batch, rounding=100)
         assert compiled_calls == [1] * (2 + 2 + 1)
         compiled_calls.clear()
