@@ -1,4 +1,4 @@
-"""Show the whole job on rendered hands: render, check, train, test, and leave pictures.
+"""Predict a frame, then show the whole job on rendered hands: render, check, train, test, and leave pictures.
 
 python demo.py
 """
@@ -23,11 +23,15 @@ from engine.state import checkpoint_path, run_name
 from engine.testing import test
 from engine.training import open_splits
 from evaluate import plot_errors, read_joints
+from frames.cameras import parse_camera, read_depth
 from frames.drawing import draw_crop, write_picture
 from frames.transforms import joints_to_crop
+from prediction.estimator import HandPoseEstimator
+from prediction.output import draw_overlay, finger_chains
 from rendering.layouts import write_dataset
 from utils import UserError, usable_cores
 
+FRAME, CAMERA = Path(__file__).with_name("docs") / "predict" / "frame.png", "SR305"
 DATA = Path("Data", "synthetic", "HAND17")
 PICTURES = Path("Result", "demo")
 FRAMES = {"train": 4000, "test": 200}
@@ -40,6 +44,16 @@ TRAINING = [
     *("--using_rotation", "0", "--using_scale", "0", "--using_shift", "0"),  # fresh frames are as cheap
     *("--num_workers", "0", "--seed", "1", "--resume", "auto"),
 ]
+
+
+def show_shipped():
+    """Predict the frame that comes with this code by the model that comes with it; write the picture."""
+    estimator = HandPoseEstimator(camera=CAMERA, device="cpu")
+    depth_mm = read_depth(FRAME, parse_camera(CAMERA))
+    pose = estimator(depth_mm)
+    picture = draw_overlay(depth_mm, pose, finger_chains(estimator.dataset))
+    write_picture(PICTURES / "shipped.png", picture)
+    print(f"{PICTURES / 'shipped.png'}: {FRAME.name} and the joints that {estimator.model.name} predicts")
 
 
 def mean_pose(train_set, test_set):
@@ -105,6 +119,7 @@ def draw_frames(dataset, rows_uvd, columns=6):
 def main():
     """Run the demo; what exists from an earlier run is used again."""
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()  # --help, and nothing else
+    show_shipped()
     train_set, test_set = load_or_render()
     options = parse_train("", [*COMMON, *TRAINING])
     train_on_cores([*COMMON, *TRAINING])

@@ -1,10 +1,10 @@
 """Find the hand in depth frames of any camera and predict its joints, in millimetres and pixels.
 
-python predict.py docs/predict/frame.png --camera SR305 --model Model/HAND17_demo_final.pt
-python predict.py recording/ --camera 476,476,313.7,242.8 --depth_unit 0.125 --model Model/mine.pt --plot3d
+python predict.py docs/predict/frame.png --camera SR305
+python predict.py recording/ --camera 476,476,313.7,242.8 --depth_unit 0.125 --plot3d
 python predict.py frame.npy --camera camera.yml --model Model/mine.pt --center 320,240,600 --hand left
 
-`python demo.py` makes a model for trying, Model/HAND17_demo_final.pt.
+Without --model it takes the model that comes with this code (Model/README.md).
 """
 
 import os

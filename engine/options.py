@@ -75,7 +75,7 @@ def parse_test(description, argv=None, subject=False):
 def parse_predict(argv=None):
     """Parse the options of predict.py; camera, centre and box are numbers then."""
     parser = argparse.ArgumentParser(
-        usage="%(prog)s INPUT [INPUT ...] --camera CAMERA --model FILE [options]",
+        usage="%(prog)s INPUT [INPUT ...] --camera CAMERA [options]",
         description="Find the hand in depth frames and predict its joints.",
         epilog="Exit status: 0 every frame has joints, 3 some have none (predictions.jsonl says why), "
         "1 none has, or the model or a folder cannot be used, 2 wrong options.",
@@ -197,7 +197,7 @@ def _add_frames(parser):
 
 def _add_model(parser):
     add = parser.add_argument_group("model").add_argument
-    add("--model", type=Path, required=True, help="checkpoint (`python demo.py` makes one for trying)")
+    add("--model", type=Path, help="checkpoint (default: the one that comes with this code)")
     add("--joints", choices=DATASETS, help="data set whose joints it predicts (default: the checkpoint's)")
     add("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
     add("--device", choices=DEVICES, default="auto")

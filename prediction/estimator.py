@@ -24,6 +24,9 @@ from frames.transforms import (
 from model import grid_position
 from utils import UserError
 
+# The model that comes with this code: Model/README.md says how it was trained and how good it is.
+SHIPPED_MODEL = Path(__file__).parents[1] / "Model" / "HAND17_synthetic_final.pt"
+
 # A joint's confidence is the share of its heatmap within this distance of it.
 SURE_WITHIN_MM = 15.0
 
@@ -73,13 +76,13 @@ def no_hand(reason):
 class HandPoseEstimator:
     """The joints of the hand in depth frames of one camera.
 
-        estimator = HandPoseEstimator("Model/HAND17_demo_final.pt", "SR305")
+        estimator = HandPoseEstimator(camera="SR305")
         pose = estimator(depth_mm)                  # depth_mm: [H, W], uint16 or float, 0: not measured
         pose.joints_xyz                             # [21, 3] mm
         poses = estimator.batch([depth_mm, other_mm])
         pose = estimator(next_mm, near_uvd=pose.center_uvd)    # a sequence: where the hand was last
 
-    `model` is a checkpoint's path (`python demo.py` makes one for trying); `camera` a Camera or what
+    `model` is a checkpoint's path, without one the model that comes with this code; `camera` a Camera or what
     --camera takes (a stored unit other than mm is not applied: give mm). `joints` names the data set
     whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
     default to what the checkpoint was trained on. `hand` is right, or left: then frames are mirrored
@@ -90,13 +93,13 @@ class HandPoseEstimator:
     """
 
     def __init__(
-        self, model, camera="HAND17", *, joints=None, cube_mm=None, hand="right", device="auto", frames=0
+        self, model=None, camera="HAND17", *, joints=None, cube_mm=None, hand="right", device="auto", frames=0
     ):
         if hand not in ("right", "left"):
             raise UserError(f"hand must be right or left, not {hand!r}")
         depth_camera = DepthCamera(camera) if isinstance(camera, Camera) else parse_camera(camera)
         self.camera, self.size_px = depth_camera.camera, depth_camera.size_px
-        self.device, self.model = resolve_device(device), Path(model)
+        self.device, self.model = resolve_device(device), Path(model or SHIPPED_MODEL)
         self.network = load_network(self.model, joints)
         self.dataset = DATASETS[self.network.dataset]
         self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand

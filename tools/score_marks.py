@@ -188,7 +188,7 @@ def main(argv=None):
     parser.add_argument(
         "--marks", type=Path, nargs="+", required=True, help="JSON files with their frames beside them"
     )
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint")
+    parser.add_argument("--model", type=Path, help="checkpoint (default: the one that comes with this code)")
     parser.add_argument(
         "--at_marks", action="store_true", help="take the marks' middle for the hand's, instead of finding it"
     )
@@ -201,7 +201,7 @@ def main(argv=None):
             args.model, marked.depth_camera.camera, hand=marked.hand, device=args.device
         )
         if marked.on_crops and marked.joint_order != estimator.dataset.name:
-            raise UserError(f"{path} has marks of {marked.joint_order}, {args.model} other joints")
+            raise UserError(f"{path} has marks of {marked.joint_order}, {estimator.model} other joints")
         print(f"{path}, {estimator.model}: distances in mm, {marked.hand} hand")
         found.append(score_set(estimator, path.parent, marked, args.at_marks))
     return 0 if all(found) else 1
