@@ -10,7 +10,7 @@ from check_dataset import build_index
 from datasets import HAND17Dataset
 from engine.checkpoints import load_network
 from engine.metrics import joint_errors_mm
-from engine.options import parse_test
+from engine.options import parse_test, parse_train
 from engine.testing import test as run_test
 from evaluate import read_joints
 from frames.cameras import parse_camera, read_depth
@@ -26,6 +26,15 @@ def test_the_file_is_small_and_holds_the_joints_of_hand17():
     network = load_network(SHIPPED_MODEL)
     assert SHIPPED_MODEL.stat().st_size < 8e6
     assert (network.dataset, network.joints) == ("HAND17", 21)
+
+
+def test_its_recipe_is_of_this_network():
+    args = parse_train("", ["--dataset", "HAND17", "--config", str(REPO / "recipes" / "shipped.yml")])
+    param = load_network(SHIPPED_MODEL).param
+    assert {
+        name: vars(args)[name] for name in ("label_size", "features", "level", "norm_method")
+    }.items() <= (param.items())
+    assert args.stages == param["stage"] and args.filter_size == param["kernel_size"]
 
 
 @pytest.mark.slow
