@@ -2,6 +2,7 @@
 
 import json
 import socket
+import traceback
 from pathlib import Path
 
 import torch
@@ -33,7 +34,12 @@ def global_batches(sampler):
 
 def train_tiny(*arguments):
     """Train in this process, in the current folder; `arguments` win over TINY."""
-    return train(parse_train("", [*TINY, *map(str, arguments)]))
+    try:
+        return train(parse_train("", [*TINY, *map(str, arguments)]))
+    except BaseException as error:
+        # Else its frames keep the loading processes, whose end the garbage collection waits for in vain.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def tiny_process(folder, *arguments, limit_bytes=None):
