@@ -25,16 +25,20 @@ class Log:
     def add_epoch(self, records, picture=None):
         """Write the last of the epochs' records, and an RGB picture of a frame where there is one."""
         epoch = records[-1]["epoch"]
+        self.write_records(records)
+        for key in ("loss", "val_loss", "val_mm", "lr"):
+            self._to_board("add_scalar", key, records[-1][key], epoch)
+        if picture is not None:
+            self._to_board("add_image", "true and predicted", picture, epoch, dataformats="HWC")
+
+    def write_records(self, records):
+        """Write metrics.jsonl anew, with what a run that was killed after saving its state left out."""
         lines = [json.dumps(line) for line in (self.provenance, *records)]
         try:
             with atomic_path(self.folder / "metrics.jsonl") as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines))
         except UserError as error:
             tqdm.write(f"WARNING: {error}. The next epoch tries again")
-        for key in ("loss", "val_loss", "val_mm", "lr"):
-            self._to_board("add_scalar", key, records[-1][key], epoch)
-        if picture is not None:
-            self._to_board("add_image", "true and predicted", picture, epoch, dataformats="HWC")
 
     def close(self):
         """End TensorBoard's log."""

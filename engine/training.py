@@ -248,6 +248,7 @@ def finish(state, saver, log):
         saver.write(final, checkpoint)
         if unsaved := saver.rescue(RETRY_S):
             raise UserError(unsaved)
+        log.write_records(state.records)
         log.write_curves(state.records)
         print(
             f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "

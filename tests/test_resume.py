@@ -100,6 +100,15 @@ def test_signal_ends_the_run_after_the_step(number, status, workers, place, unin
     assert_same_run(".", uninterrupted)
 
 
+def test_a_record_that_a_killed_run_left_out_is_written_on_resuming(place):
+    train_tiny()
+    whole = records()
+    path = Path("logs", RUN, "metrics.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    train_tiny("--resume")
+    assert records() == whole
+
+
 def test_signal_during_validation_does_not_wait_for_its_end(place, uninterrupted, monkeypatch):
     with monkeypatch.context() as patch:
         # Six training steps, then the first of two validation steps.
