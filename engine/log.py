@@ -11,28 +11,33 @@ from utils import UserError, atomic_path
 class Log:
     """A run's logs. A disk that is full or a folder that cannot be written costs them, not the run."""
 
-    def __init__(self, run, provenance, epoch):
-        """Open the logs of a run that has `epoch` epochs behind it."""
+    def __init__(self, run, provenance, records):
+        """Open the logs of a run that has the epochs of `records` behind it.
+
+        They are written anew: one that was killed after its state was saved left out the last.
+        """
         # TensorBoard takes seconds to import, which no other script should pay.
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder, self.provenance, self.board = Path("logs", run), provenance, None
         try:
-            self.board = SummaryWriter(self.folder, purge_step=epoch + 1)
+            self.board = SummaryWriter(self.folder, purge_step=len(records) + 1)
         except OSError as error:
             tqdm.write(f"WARNING: no log for TensorBoard: {error}")
+        if records:
+            self._write(records)
 
     def add_epoch(self, records, picture=None):
         """Write the last of the epochs' records, and an RGB picture of a frame where there is one."""
         epoch = records[-1]["epoch"]
-        self.write_records(records)
+        self._write(records)
         for key in ("loss", "val_loss", "val_mm", "lr"):
             self._to_board("add_scalar", key, records[-1][key], epoch)
         if picture is not None:
             self._to_board("add_image", "true and predicted", picture, epoch, dataformats="HWC")
 
-    def write_records(self, records):
-        """Write metrics.jsonl anew, with what a run that was killed after saving its state left out."""
+    def _write(self, records):
+        """Write metrics.jsonl."""
         lines = [json.dumps(line) for line in (self.provenance, *records)]
         try:
             with atomic_path(self.folder / "metrics.jsonl") as temporary:

@@ -137,7 +137,9 @@ def _train(args, device):
             f"{state.run}: {len(train_indices)} training and {len(val_indices)} validation frames, "
             f"seed {seed}, {distributed.world_size()} x {device}"
         )
-    logs = closing(Log(state.run, state.provenance, state.epoch)) if distributed.is_main() else nullcontext()
+    logs = (
+        closing(Log(state.run, state.provenance, state.records)) if distributed.is_main() else nullcontext()
+    )
     with noted_signals() as signals, logs as log:
         saver = Saver(args.save_minutes, signals)
         while state.epoch < args.epoch:
@@ -248,7 +250,6 @@ def finish(state, saver, log):
         saver.write(final, checkpoint)
         if unsaved := saver.rescue(RETRY_S):
             raise UserError(unsaved)
-        log.write_records(state.records)
         log.write_curves(state.records)
         print(
             f"best epoch {best['epoch']}: {best['val_mm']:.2f} mm, last epoch {last['epoch']}: "

@@ -191,8 +191,7 @@ def load_judge():
     try:
         network.load_state_dict(load_torch(WEIGHTS)["state_dict"])
     except Exception as error:  # torch raises errors of any kind at changed bytes
-        reason = one_line(error)
-        raise UserError(f"the hand finder's {WEIGHTS} cannot be used ({reason}): {advice}") from None
+        raise UserError(f"the hand finder's {WEIGHTS} cannot be used ({one_line(error)}): {advice}") from None
     return network.eval().to(memory_format=torch.channels_last)  # twice as fast
 
 

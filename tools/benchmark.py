@@ -32,7 +32,7 @@ from engine.batches import EpochSampler, batches_of, make_loader
 from engine.checkpoints import load_network, resolve_device
 from engine.inference import COMPILE_FRAMES, moved_mm, prepare
 from engine.loops import train_step
-from engine.options import parse_train
+from engine.options import DEVICES, parse_train
 from engine.state import build_optimizer
 from engine.training import build_network
 from frames.files import read_bytes
@@ -80,13 +80,13 @@ def timed(functions, repeats, clock=timer):
     return [Measurement.merge(measured)[0] for measured in zip(*turns)]
 
 
-def data_folders(given, folder):
+def data_folders(given, folder, frames):
     """Yield (name, root) of every data set: the folders given, and rendered ones."""
     for name in DATASETS:
         root = given.get(name)
         if root is None:
             root = folder / name
-            write_dataset(name, {"train": FRAMES, "test": 4}, 1, root, 2)
+            write_dataset(name, {"train": max(frames, 8), "test": 4}, 1, root, 2)  # MSRA has 8 subjects
             build_index(name, root)
             build_cache(name, root)
         yield name, root
@@ -171,9 +171,9 @@ def counted_gflop(function):
     return counter.get_total_flops() / 1e9
 
 
-def training_rows(device, batch_sizes, modes, limits, repeats):
+def training_rows(device, batch_sizes, precisions, modes, limits, repeats):
     """Yield Rows of one training step by batch size, precision and mode, beside a plain float32 step."""
-    cases = [(precision, mode) for precision in PRECISIONS for mode in modes]
+    cases = [(precision, mode) for precision in precisions for mode in modes]
     for size in batch_sizes:
         plain = plain_network(device)
         unfused = torch.optim.AdamW(plain.parameters(), fused=False)
@@ -229,15 +229,16 @@ def all_rows(args, device):
     if "loading" in args.parts:
         cv2.setNumThreads(0)
         with tempfile.TemporaryDirectory() as folder:
-            for name, root in data_folders(dict(args.data), Path(folder)):
+            for name, root in data_folders(dict(args.data), Path(folder), args.frames):
                 yield from loading_rows(name, root, args.repeats)
                 yield from loader_rows(name, root, max(1, args.repeats // 5))
     if "network" in args.parts:
         batch_sizes = args.batch_sizes or ([32, 64, 128] if device.type == "cuda" else [8])
-        limits = {precision: limit_row(device, precision, args.repeats) for precision in PRECISIONS}
+        wanted = dict.fromkeys(("float32", *args.precisions))
+        limits = {precision: limit_row(device, precision, args.repeats) for precision in wanted}
         yield from limits.values()
         yield target_row(device, args.repeats)
-        yield from training_rows(device, batch_sizes, args.modes, limits, args.repeats)
+        yield from training_rows(device, batch_sizes, args.precisions, args.modes, limits, args.repeats)
         network = load_network(args.model, "HAND17").to(device) if args.model else plain_network(device)
         limit = limits["float32"]
         yield from inference_rows(device, network.eval(), batch_sizes, args.modes, limit, args.repeats)
@@ -256,13 +257,17 @@ def machine(device):
 def parse(argv=None):
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Time every part of the work, from index to inference.")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument(
         "--data", type=_folder, action="append", default=[], metavar="NAME=DIR", help="a data set with index"
     )
+    parser.add_argument("--frames", type=int, default=FRAMES, help="training frames of a rendered data set")
     parser.add_argument("--repeats", type=int, default=20, help="measurements of a row, each after a warm-up")
     parser.add_argument("--parts", nargs="+", choices=("loading", "network"), default=["loading", "network"])
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the training step"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the network")
     parser.add_argument(
         "--model", type=Path, help="checkpoint for inference (default: random weights, which round worse)"

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.options import DEVICES
 from frames.cameras import DepthCamera, parse_camera, read_depth
 from frames.transforms import Camera, uvd2xyz
 from predict import HandPoseEstimator
@@ -192,7 +193,7 @@ def main(argv=None):
     parser.add_argument(
         "--at_marks", action="store_true", help="take the marks' middle for the hand's, instead of finding it"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args(argv)
     found = []
     for path in args.marks:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import torch
 
+from check_dataset import open_part
 from datasets import DATASETS
 from engine.metrics import PROTOCOLS, has_joints, joint_errors_mm
 from evaluate import read_joints
@@ -30,14 +31,8 @@ AUGMENTATIONS = 5
 def main(argv=None):
     """Write the sheet that the command line asks for."""
     args = parse(argv)
-    dataset = DATASETS[args.dataset](
-        path=args.data_dir,
-        dataset=args.split,
-        test_only=args.dataset == "HAND17" and args.split == "test",
-        targets=False,
-        using_flip=True,
-        **({"subject": args.subject or 0} if args.dataset == "MSRA" else {}),
-    )
+    subject = {"subject": args.subject or 0} if args.dataset == "MSRA" else {}
+    dataset = open_part(args.dataset, args.data_dir, args.split, using_flip=True, **subject)
     errors_mm, joints_uvd = {}, None
     if args.predictions:
         joints_uvd = load_predictions(args.predictions, dataset)
@@ -46,9 +41,11 @@ def main(argv=None):
     tiles = []
     for index in indices:
         tiles += draw_frame(dataset, index, args.augment, joints_uvd, errors_mm.get(index))
-    path = args.out or Path("Result", "show", f"{args.dataset}_{args.split}{dataset.fold}.png")
+    fold = f"_subject{dataset.subject}" if subject else ""
+    path = args.out or Path("Result", "show", f"{args.dataset}_{args.split}{fold}.png")
     write_picture(path, contact_sheet(tiles, 1 + AUGMENTATIONS if args.augment else COLUMNS))
-    print(f"{path}: {len(indices)} of {len(dataset)} frames{', worst first' if errors_mm else ''}")
+    order = ", worst first" if errors_mm else ", unsorted: this split has no labels" * bool(args.predictions)
+    print(f"{path}: {len(indices)} of {len(dataset)} frames{order}")
 
 
 def parse(argv=None):
