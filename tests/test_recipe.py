@@ -127,6 +127,16 @@ def test_layers_of_another_number_of_joints_begin_anew_and_are_named(tmp_path):
         assert torch.equal(value, before[name] if name in left_out else one.state_dict()[name])
 
 
+def test_weights_learnt_on_coarse_maps_are_kept_on_finer_ones(tmp_path):
+    torch.manual_seed(0)
+    coarse, fine = small_network(), small_network(label_size=32)
+    grid = fine.stages[0].plane_regression.filter.clone()
+    assert load_weights(fine, save(coarse, tmp_path / "a.pt")) == []
+    for (name, value), (_, other) in zip(fine.named_parameters(), coarse.named_parameters(), strict=True):
+        assert torch.equal(value, other), name
+    assert torch.equal(fine.stages[0].plane_regression.filter, grid)
+
+
 @pytest.mark.parametrize("option", [{"features": 48}, {"stage": 1}, {"norm_method": "batch"}])
 def test_another_network_is_no_beginning(option, tmp_path):
     one, (name, value) = small_network(**option), *option.items()
