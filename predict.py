@@ -10,6 +10,8 @@ Without --model it takes the model that comes with this code (Model/README.md).
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 
 import utils  # first: torch reads the threads' settings when it is imported
 from engine.options import parse_predict
@@ -58,10 +60,10 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
     good, count, seconds, asked = 0, 0, 0.0, set()
     for files in sequences:
         near_uvd = None
-        for path in files:
+        for path, reading in read_ahead(files, depth_camera):
             started, depth_mm = time.perf_counter(), None
             try:
-                depth_mm = read_depth(path, depth_camera)
+                depth_mm = reading.result()
                 for doubt in doubts_about(depth_camera, depth_mm.shape[::-1]):
                     if doubt not in asked:
                         say(f"warning: {doubt}", sys.stderr)
@@ -78,6 +80,16 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
     say(f"{good} of {count} frames have joints{speed}")
     say(f"{writer.out}: {', '.join(writer.names)}")
     return good
+
+
+def read_ahead(files, depth_camera):
+    """Yield each file and the future of its depth; while it is in use, the next file is read."""
+    with ThreadPoolExecutor(1) as reader:
+        futures = [reader.submit(read_depth, files[0], depth_camera)]
+        for path, following in zip_longest(files, files[1:]):
+            if following:
+                futures.append(reader.submit(read_depth, following, depth_camera))
+            yield path, futures.pop(0)
 
 
 if __name__ == "__main__":

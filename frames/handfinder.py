@@ -63,7 +63,7 @@ class Judge(nn.Module):
         super().__init__()
         layers, inputs = [], 1
         for width in widths:
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
             inputs = width
         edge = CROP_PX // 2 ** len(widths)
         self.layers = nn.Sequential(
@@ -93,27 +93,27 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
     preferred, unless one elsewhere is clearly better. `bbox` (left, top, width, height; px) holds the hand
     for sure. Raises ValueError, with the reason, where there is no hand.
     """
-    picture = coarse_picture(frame, camera)
+    picture, hints = coarse_picture(frame, camera), np.zeros((0, 3))
     if not picture.radius_mm.any():
         raise ValueError("the frame is empty")
-    places, hint_xyz = candidates(picture), None
     if bbox is not None:
         bbox = np.asarray(bbox, np.float64)
-        hint_xyz = uvd2xyz(center_of_mass(cut_bounding_box(frame, bbox)), camera)
+        hints = uvd2xyz([center_of_mass(cut_bounding_box(frame, bbox))], camera)
     elif near_uvd is not None:
-        hint_xyz = uvd2xyz(near_uvd, camera)
-    if hint_xyz is not None:
-        places = np.concatenate([places, [hint_xyz]])
+        hints = uvd2xyz([near_uvd], camera)
+    likeness, places = judge(picture, hints)
+    if near_uvd is None or bbox is not None or likeness[0] < SURE:  # else nothing elsewhere could win
+        others = judge(picture, candidates(picture))
+        likeness, places = (np.concatenate(both) for both in zip((likeness, places), others))
     if len(places) == 0:
         raise ValueError("no surface is as large as a hand")
-    likeness, places = judge(picture, places)
     likeness, places = judge(picture, places[np.argsort(-likeness)[:JUDGED_TWICE]])
     score, needed = np.minimum(likeness, SURE), np.full(len(places), LEAST_LIKENESS)
     if bbox is not None:
         off = np.abs((xyz2uvd(places, camera)[:, :2] - bbox[:2]) / bbox[2:] - 0.5).max(1)
         score, needed = score - 2 * BOX_MALUS * off, np.where(off < 0.5, -np.inf, np.inf)
     elif near_uvd is not None:
-        nearness = np.maximum(1 - np.linalg.norm(places - hint_xyz, axis=1) / TRACK_MM, 0)
+        nearness = np.maximum(1 - np.linalg.norm(places - hints, axis=1) / TRACK_MM, 0)
         score, needed = score + TRACK_BONUS * nearness, needed * (1 - nearness)
     best = np.lexsort((score, likeness >= needed))[-1]
     likeness, middles = judge(picture, places[best] + NEIGHBOURS_MM, mirrored=True)
@@ -121,7 +121,7 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
     if likeness.mean() < needed[best]:
         if bbox is None:
             raise ValueError("nothing in the frame looks like a hand")
-        middle = hint_xyz
+        middle = hints[0]
     return xyz2uvd((middle + surface_around(picture, middle, camera, bbox)) / 2, camera)
 
 
@@ -205,8 +205,8 @@ def judge(picture, places, mirrored=False):
     if mirrored:
         crops = torch.cat([crops, crops.flip(3)])
     logits, offsets = load_judge()(crops.contiguous(memory_format=torch.channels_last))
-    logits = logits.double().numpy().reshape(-1, len(places))
-    offsets = offsets.double().numpy().reshape(-1, len(places), 3)
+    logits = logits.double().numpy().reshape(1 + mirrored, len(places))
+    offsets = offsets.double().numpy().reshape(1 + mirrored, len(places), 3)
     offsets[1:, :, 0] *= -1
     middles = places + REACH_MM * offsets.mean(0)
     middles[:, 2] = np.maximum(middles[:, 2], LEAST_DEPTH_MM)
