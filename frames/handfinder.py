@@ -35,7 +35,7 @@ LEAST_DEPTH_MM = 80.0  # no middle is taken to be nearer
 NEIGHBOURS_MM = np.array(
     [(0, 0, 0), (12, 0, 0), (-12, 0, 0), (0, 12, 0), (0, -12, 0), (0, 0, 15), (0, 0, -15)], np.float64
 )
-LEAST_LIKENESS = 0.6
+LEAST_LIKENESS = 0.3
 
 # Surely a hand: whatever is likelier is no better.
 SURE = 6.0
