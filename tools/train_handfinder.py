@@ -3,8 +3,8 @@
     python -m tools.train_handfinder
     python -m tools.train_handfinder --init Model/handfinder.pt --frames 3000 --epochs 1 --seed 1
 
-Model/handfinder.pt was made by the first and then, on later rendered hands, by the second, run twice, and then with
---frames 4000 --epochs 2 --seed 2 and --frames 6000 --epochs 3 --seed 3.
+Model/handfinder.pt was made by the first, then, on later rendered hands, by the second, run twice, and then
+with --frames 4000 --epochs 2 --seed 2 and --frames 6000 --epochs 3 --seed 3.
 
 Frames of every sensor are rendered with an arm and mostly with a body, half of them with tables, bars, boxes
 and specks; some are cut to a box around the hand, in some a body without a hand comes as near as hands do. Of
