@@ -160,7 +160,7 @@ def found_side(monkeypatch, left, right, near=LEFT, **hint):
         (6.5, 13.0, "left"),  # both are hands
         (-1.0, 3.0, "right"),
         (0.5, 1.5, "left"),  # what was a hand may look less like one for a while
-        (-1.0, 0.4, None),
+        (-1.0, 0.2, None),
     ],
 )
 def test_a_clearly_better_place_wins_over_the_tracked_one(left, right, found, monkeypatch):
@@ -169,7 +169,7 @@ def test_a_clearly_better_place_wins_over_the_tracked_one(left, right, found, mo
 
 def test_what_is_found_looks_enough_like_a_hand(monkeypatch):
     assert found_side(monkeypatch, 0.8, -5.0, near=None) == "left"
-    assert found_side(monkeypatch, 0.4, -5.0, near=None) is None
+    assert found_side(monkeypatch, 0.2, -5.0, near=None) is None
 
 
 def test_a_box_says_which_surface_is_the_hand(monkeypatch):
