@@ -85,11 +85,10 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
 def read_ahead(files, depth_camera):
     """Yield each file and the future of its depth; while it is in use, the next file is read."""
     with ThreadPoolExecutor(1) as reader:
-        futures = [reader.submit(read_depth, files[0], depth_camera)]
+        ahead = reader.submit(read_depth, files[0], depth_camera)
         for path, following in zip_longest(files, files[1:]):
-            if following:
-                futures.append(reader.submit(read_depth, following, depth_camera))
-            yield path, futures.pop(0)
+            reading, ahead = ahead, following and reader.submit(read_depth, following, depth_camera)
+            yield path, reading
 
 
 if __name__ == "__main__":

@@ -37,9 +37,8 @@ def torch_errors_explained():
             raise UserError("another process of this run ended: its own message says why") from error
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        raise UserError(
-            f"compiling failed ({one_line(error)}): leave --compile out, or install a compiler"
-        ) from error
+        reason = one_line(error)
+        raise UserError(f"compiling failed ({reason}): leave --compile out, or install a compiler") from error
 
 
 def draw_seed():

@@ -46,8 +46,9 @@ def averaged(network, decay):
 def load_weights(network, path):
     """Give a network the weights of a checkpoint file; return the names of those that stay as they are.
 
-    These belong to layers whose size is the number of joints, where that differs. Convolutions do not
-    depend on label_size: a network learns fast on coarse maps, and goes on from there on finer ones.
+    These belong to layers whose size is the number of joints, or of a FullRegression's maps, where that
+    differs. Convolutions do not depend on label_size: a network learns fast on coarse maps, and goes on from
+    there on finer ones.
     Raises UserError where the file is no checkpoint, or another network's.
     """
     other, own = load_network(path), network.state_dict()
