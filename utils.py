@@ -59,23 +59,28 @@ def run(main):
         discard(sys.stdout)
         return 128 + 13  # what the shell says of SIGPIPE
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 1
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        say(stop, sys.stderr)
         return stop.status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def say(text, stream=None):
-    """Print a line, by default to standard output; where nobody reads it any more, go on in silence."""
+    """Print a line, by default to standard output; where nobody reads it any more, go on in silence.
+
+    It is written at once, so that lines of several processes do not run into each other.
+    """
     stream = stream or sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        if stream:  # a program without a console has none
+            stream.write(f"{text}\n")
+            stream.flush()
     except BrokenPipeError:  # `... | head -1`
         discard(stream)
 

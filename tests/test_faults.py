@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -616,3 +617,15 @@ def test_a_system_without_posix_signals_is_told_so(monkeypatch, capsys):
     monkeypatch.delattr(utils.signal, "SIGCHLD")
     assert utils.run(lambda: pytest.fail("it ran")) == 1
     assert capsys.readouterr().err == "error: this runs on Linux and macOS; on Windows use WSL\n"
+
+
+def test_error_lines_of_several_processes_do_not_run_into_each_other(monkeypatch):
+    """Under torchrun, Python's streams are unbuffered: each write goes out by itself."""
+    written = []
+    stream = Mock(write=written.append)
+    monkeypatch.setattr(utils.sys, "stderr", stream)
+
+    def fail():
+        raise UserError("gone")
+
+    assert utils.run(fail) == 1 and written == ["error: gone\n"]
