@@ -331,6 +331,24 @@ def test_the_hand_is_found_in_real_frames(shared):
     assert max(off_mm.values()) < 80
 
 
+def test_an_open_hand_before_its_body_is_found_in_a_real_kinect_frame(shared):
+    """It is broader, with its thumb, than most rendered palms."""
+    folder, depth_camera = shared / "real/nyu", parse_camera("NYU")
+    depth_mm = read_depth(folder / "test/depth_1_0000001.png", depth_camera)
+    true_uvd = np.loadtxt(folder / "nyu_center_test.txt")
+    found, true = (
+        uvd2xyz(uvd, depth_camera.camera)
+        for uvd in (find_center(Frame(depth_mm), depth_camera.camera), true_uvd)
+    )
+    assert np.linalg.norm(found - true) < 40
+
+
+@pytest.mark.parametrize(("radius_mm", "places"), [(40, 1), (65, 1), (95, 0)])
+def test_surfaces_as_broad_as_a_palm_with_its_thumb_are_looked_at(radius_mm, places):
+    depth = disc(np.zeros((240, 320), np.uint16), 160, 120, round(radius_mm * CAMERA.fx / 500), 500)
+    assert len(handfinder.candidates(handfinder.coarse_picture(Frame(depth), CAMERA))) == places
+
+
 def test_of_a_frame_cut_out_nothing_is_left_but_a_box_around_the_hand():
     frame = np.arange(1.0, 1201).reshape(30, 40)
     cut = train_handfinder.cut_out(frame, np.array([10, 19]), np.array([5, 14]), (2, 20, -3, 5))

@@ -4,7 +4,7 @@
     python -m tools.train_handfinder --init Model/handfinder.pt --frames 3000 --epochs 1 --seed 1
 
 Model/handfinder.pt was made by the first, then, on later rendered hands, by the second, run twice, and then
-with --frames 4000 --epochs 2 --seed 2 and --frames 6000 --epochs 3 --seed 3.
+with --frames 4000 --epochs 2 --seed 2, and with --frames 6000 --epochs 3 and the seeds 3 and 4.
 
 Frames of every sensor are rendered with an arm and mostly with a body, half of them with tables, bars, boxes
 and specks; some are cut to a box around the hand, in some a body without a hand comes as near as hands do. Of
@@ -41,6 +41,7 @@ NEARER_MM = 450.0
 CLOSED = ("fist", "fist, thumb on index", "A", "C", "E", "M", "N", "O", "T")
 CLOSED_SHARE, CUT_OUT = 0.35, 0.2  # shares of frames
 CUT_MM = (-5.0, 70.0)  # from the hand to where a frame is cut
+SIZE = (0.9, 1.25)  # as if the same picture were one of larger people farther away: few rendered hands are broad
 BEHIND_CAMERA_MM, NOWHERE_MM = -1e4, 1e6
 BATCH, TASK_FRAMES, RENDERED_AT_ONCE = 512, 200, 8
 
@@ -59,7 +60,8 @@ def draw_frames(name, seed, count):
         scenes = draw_finder_scenes(sensor, camera, size_px, generator, min(RENDERED_AT_ONCE, count - start))
         exact_mm, hands = render_scene(scenes, torch.tensor(camera), size_px)
         measured_mm = measure(exact_mm, sensor, camera.fx, generator)
-        for depth, exact, hand in zip(measured_mm.numpy(), exact_mm.numpy(), hands.numpy()):
+        sizes = rng.uniform(*SIZE, (len(exact_mm), 1, 1)).astype(np.float32)
+        for depth, exact, hand in zip(measured_mm.numpy() * sizes, exact_mm.numpy() * sizes, hands.numpy()):
             if rng.random() < 0.5:
                 depth = add_clutter(depth, rng, camera)
             seen = np.abs(depth[hand] - exact[hand]) < SAME_DEPTH_MM
