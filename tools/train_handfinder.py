@@ -41,7 +41,7 @@ NEARER_MM = 450.0
 CLOSED = ("fist", "fist, thumb on index", "A", "C", "E", "M", "N", "O", "T")
 CLOSED_SHARE, CUT_OUT = 0.35, 0.2  # shares of frames
 CUT_MM = (-5.0, 70.0)  # from the hand to where a frame is cut
-SIZE = (0.9, 1.25)  # as if the same picture were one of larger people farther away: few rendered hands are broad
+SIZE = (0.9, 1.25)  # as if a picture were one of larger people farther away: few rendered hands are broad
 BEHIND_CAMERA_MM, NOWHERE_MM = -1e4, 1e6
 BATCH, TASK_FRAMES, RENDERED_AT_ONCE = 512, 200, 8
 
