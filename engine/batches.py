@@ -1,6 +1,8 @@
 """Batches for the loops: sampling order, refused frames, loading processes and transfer to the device."""
 
 import signal
+import sys
+import traceback
 from typing import NamedTuple
 
 import numpy as np
@@ -135,6 +137,7 @@ def batches_of(loader):
     try:
         iterator = iter(loader)
     except OSError as error:
+        _let_go(error)
         raise UserError(
             f"no loading process can be started ({error}): give fewer --num_workers, or 0; or raise the "
             "limits on open files (ulimit -n), processes (ulimit -u) or /dev/shm"
@@ -145,6 +148,13 @@ def batches_of(loader):
                 raise error
         samples = batch.samples and type(batch.samples)(*map(torch.from_numpy, batch.samples))
         yield batch._replace(samples=samples)
+
+
+def _let_go(error):
+    """Free what an error's frames hold: the end of an iterator that could not begin fails in torch, aloud."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    traceback.clear_frames(error.__traceback__)
+    sys.unraisablehook = hook
 
 
 def to_device(samples, device):
