@@ -43,7 +43,7 @@ def run(main):
     SIGTERM ends it by way of every `finally`, as Ctrl-C does.
     """
     if not hasattr(signal, "SIGCHLD"):
-        print("error: this runs on Linux and macOS; on Windows use WSL", file=sys.stderr)
+        say("error: this runs on Linux and macOS; on Windows use WSL", sys.stderr)
         return 1
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
@@ -74,7 +74,7 @@ def run(main):
 def say(text, stream=None):
     """Print a line, by default to standard output; where nobody reads it any more, go on in silence.
 
-    It is written at once, so that lines of several processes do not run into each other.
+    Text and newline go out in one write, so that lines of several processes do not run into each other.
     """
     stream = stream or sys.stdout
     try:

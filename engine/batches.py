@@ -137,7 +137,7 @@ def batches_of(loader):
     try:
         iterator = iter(loader)
     except OSError as error:
-        _let_go(error)
+        _drop_half_made_iterator(error)
         raise UserError(
             f"no loading process can be started ({error}): give fewer --num_workers, or 0; or raise the "
             "limits on open files (ulimit -n), processes (ulimit -u) or /dev/shm"
@@ -150,11 +150,13 @@ def batches_of(loader):
         yield batch._replace(samples=samples)
 
 
-def _let_go(error):
-    """Free what an error's frames hold: the end of an iterator that could not begin fails in torch, aloud."""
+def _drop_half_made_iterator(error):
+    """Free what the error's frames hold: torch's iterator, whose `__del__` would print an AttributeError."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    traceback.clear_frames(error.__traceback__)
-    sys.unraisablehook = hook
+    try:
+        traceback.clear_frames(error.__traceback__)
+    finally:
+        sys.unraisablehook = hook
 
 
 def to_device(samples, device):

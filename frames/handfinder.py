@@ -21,7 +21,7 @@ COARSE_FOCAL_PX = 120
 # Two neighbouring pixels further apart in depth than this belong to two surfaces.
 JUMP_MM = 40.0
 
-# Radii of the largest disc that fits into a palm with its thumb, a fist or a hand seen from its edge.
+# Radii of the largest disc in a hand: from its edge, a fist, a palm with its thumb (61 mm in a real frame).
 PALM_RADIUS_MM = (10.0, 80.0)
 SAME_PLACE_MM = 30.0
 

@@ -68,7 +68,7 @@ def test_only_a_cosine_sets_the_rate_of_a_step():
 def test_a_recipe_that_comes_along_is_a_configuration(path):
     args = parse_train("", ["--dataset", "HAND17", "--config", str(path)])
     assert (args.features, args.label_size, args.alpha, args.lr) == {
-        "compact.yml": (48, 16, 0.5, 3e-3),
+        "strong.yml": (48, 16, 0.5, 2e-3),
         "coarse.yml": (64, 16, 0.5, 3e-3),
         "shipped.yml": (64, 32, 0.5, 1.2e-3),
     }[path.name]

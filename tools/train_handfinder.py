@@ -4,7 +4,8 @@
     python -m tools.train_handfinder --init Model/handfinder.pt --frames 3000 --epochs 1 --seed 1
 
 Model/handfinder.pt was made by the first, then, on later rendered hands, by the second, run twice, and then
-with --frames 4000 --epochs 2 --seed 2, and with --frames 6000 --epochs 3 and the seeds 3 and 4.
+with --frames 4000 --epochs 2 --seed 2, and with --frames 6000 --epochs 3 and the seeds 3 and 4. Of these only
+the last had hands made larger or smaller (SIZE_FACTORS).
 
 Frames of every sensor are rendered with an arm and mostly with a body, half of them with tables, bars, boxes
 and specks; some are cut to a box around the hand, in some a body without a hand comes as near as hands do. Of
@@ -41,7 +42,7 @@ NEARER_MM = 450.0
 CLOSED = ("fist", "fist, thumb on index", "A", "C", "E", "M", "N", "O", "T")
 CLOSED_SHARE, CUT_OUT = 0.35, 0.2  # shares of frames
 CUT_MM = (-5.0, 70.0)  # from the hand to where a frame is cut
-SIZE = (0.9, 1.25)  # as if a picture were one of larger people farther away: few rendered hands are broad
+SIZE_FACTORS = 0.9, 1.25  # of all depths: the same picture, of a larger hand (few rendered ones are broad)
 BEHIND_CAMERA_MM, NOWHERE_MM = -1e4, 1e6
 BATCH, TASK_FRAMES, RENDERED_AT_ONCE = 512, 200, 8
 
@@ -50,7 +51,8 @@ def draw_frames(name, seed, count):
     """Yield (depth [H, W] mm, middle of the hand's surface uvd, Camera) as the sensor `name` sees hands.
 
     The middle is None in a share of frames, from which hand and arm are left out. Pictures of 640 x 480
-    are rendered half as large. Hands that can hardly be seen are left out.
+    are rendered half as large. All are made larger or smaller (SIZE_FACTORS). Hands that can hardly be seen
+    are left out.
     """
     sensor, generator, rng = SENSORS[name], torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     shrink = sensor.size_px[0] // 320
@@ -60,7 +62,7 @@ def draw_frames(name, seed, count):
         scenes = draw_finder_scenes(sensor, camera, size_px, generator, min(RENDERED_AT_ONCE, count - start))
         exact_mm, hands = render_scene(scenes, torch.tensor(camera), size_px)
         measured_mm = measure(exact_mm, sensor, camera.fx, generator)
-        sizes = rng.uniform(*SIZE, (len(exact_mm), 1, 1)).astype(np.float32)
+        sizes = rng.uniform(*SIZE_FACTORS, (len(exact_mm), 1, 1)).astype(np.float32)
         for depth, exact, hand in zip(measured_mm.numpy() * sizes, exact_mm.numpy() * sizes, hands.numpy()):
             if rng.random() < 0.5:
                 depth = add_clutter(depth, rng, camera)
