@@ -46,17 +46,18 @@ def averaged(network, decay):
 def load_weights(network, path):
     """Give a network the weights of a checkpoint file; return the names of those that stay as they are.
 
-    These belong to layers whose size is the number of joints, or of a FullRegression's maps, where that
-    differs. Convolutions do not depend on label_size: a network learns fast on coarse maps, and goes on from
-    there on finer ones.
+    These belong to stages that the file has not, and to layers whose size is the number of joints, or of a
+    FullRegression's maps, where that differs. Convolutions do not depend on label_size: a network learns
+    fast on coarse maps and in one stage, and goes on from there on finer ones and in more.
     Raises UserError where the file is no checkpoint, or another network's.
     """
     other, own = load_network(path), network.state_dict()
     for name in {**network.param, **other.param}:
         there, here = other.param.get(name), network.param.get(name)
-        if there != here and name != "label_size":
+        grows = name == "stage" and there < here
+        if there != here and name != "label_size" and not grows:
             raise UserError(f"--init {path} is of another network: its {name} is {there}, here {here}")
     weights = other.state_dict()
-    kept = [name for name in own if weights[name].shape != own[name].shape]
-    network.load_state_dict({**weights, **{name: own[name] for name in kept}})
+    kept = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    network.load_state_dict({name: own[name] if name in kept else weights[name] for name in own})
     return [name for name, _ in network.named_parameters() if name in kept]

@@ -140,7 +140,18 @@ def test_weights_learnt_on_coarse_maps_are_kept_on_finer_ones(tmp_path):
     assert torch.equal(fine.stages[0].plane_regression.filter, grid)
 
 
-@pytest.mark.parametrize("option", [{"features": 48}, {"stage": 1}, {"norm_method": "batch"}])
+def test_a_stage_that_the_file_has_not_begins_anew_and_is_named(tmp_path):
+    torch.manual_seed(0)
+    one, two = small_network(stage=1), small_network(stage=2)
+    before = {name: value.clone() for name, value in two.state_dict().items()}
+    left_out = load_weights(two, save(one, tmp_path / "a.pt"))
+    assert left_out == [name for name, _ in two.named_parameters() if name.startswith("stages.1.")]
+    for name, value in two.state_dict().items():
+        anew = name.startswith("stages.1.")
+        assert torch.equal(value, before[name] if anew else one.state_dict()[name])
+
+
+@pytest.mark.parametrize("option", [{"features": 48}, {"stage": 3}, {"norm_method": "batch"}])
 def test_another_network_is_no_beginning(option, tmp_path):
     one, (name, value) = small_network(**option), *option.items()
     with pytest.raises(UserError, match=f"its {name} is {value}, here"):
