@@ -182,22 +182,22 @@ def test_two_processes_take_the_same_steps_as_one(data):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(data, two):
-    """Ten steps, each an epoch with a validation, so that every loss and error is on record.
+    """Twenty steps, each an epoch with a validation, so that every loss and error is on record.
 
     Adam divides gradients by their size, and so makes differences of rounding as large as the rate,
     which is small here; the test above is for large steps.
     """
-    options = ["--batch_size", 8, "--epoch", 10, "--lr", 1e-6]
+    options = ["--batch_size", 8, "--epoch", 20, "--lr", 1e-6]
     status, out, err = torchrun(*options, cwd=two)
     assert status == 0, err
     train_tiny(*options)
     one, other = records(), records(two)
-    assert len(one) == len(other) == 10
-    for key, limit in (("loss", 1e-5), ("val_loss", 1e-5), ("val_mm", 1e-3)):
+    assert len(one) == len(other) == 20
+    for key, limit in (("loss", 1e-5), ("val_loss", 1e-5), ("val_mm", 1e-4)):
         apart = np.abs([a[key] - b[key] for a, b in zip(one, other)])
         assert apart.max() < limit, (key, apart)
     # One process prints, logs and saves.
-    assert [out.count(f"epoch {epoch:>3}  loss") for epoch in range(1, 11)] == [1] * 10
+    assert [out.count(f"epoch {epoch:>3}  loss") for epoch in range(1, 21)] == [1] * 20
     assert len(list((two / "logs" / RUN).glob("events*"))) == 1 and not hidden_files(two / "Model")
     assert len(load_checkpoint(two / LAST)["state_dict"]) > 50
 
@@ -205,8 +205,8 @@ def test_two_processes_train_as_one(data, two):
 @pytest.mark.slow
 def test_resume_with_another_number_of_processes(data, two, monkeypatch):
     """From one to two, and from two to one."""
-    sgd, first, both = ("--opt", "sgd"), ("--epoch", 1), ("--epoch", 2, "--resume")
-    train_tiny(*sgd)
+    sgd, first, both = ("--opt", "sgd"), ("--epoch", 2), ("--epoch", 4, "--resume")
+    train_tiny(*sgd, "--epoch", 4)
     assert train_in_two(two, *sgd, *first) == [0, 0], (two / "output.txt").read_text()
     with monkeypatch.context() as patch:
         patch.chdir(two)
@@ -215,7 +215,7 @@ def test_resume_with_another_number_of_processes(data, two, monkeypatch):
     assert train_in_two(two, *sgd, *both, "--suffix", "more") == [0, 0], (two / "output.txt").read_text()
     for run in (RUN, "ICVL_more"):
         for one, other in zip(records(), records(two, run), strict=True):
-            assert abs(one["loss"] - other["loss"]) < 1e-5 and abs(one["val_mm"] - other["val_mm"]) < 1e-3
+            assert abs(one["loss"] - other["loss"]) < 1e-5 and abs(one["val_mm"] - other["val_mm"]) < 1e-4
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def test_frames_that_cannot_be_used_are_replaced_alike(data, two):
     train_tiny(*options)
     for one, other in zip(records(), records(two), strict=True):
         assert one["refused"] == other["refused"] == 6 + 5 + 4 + 3 + 2 + 1
-        assert abs(one["loss"] - other["loss"]) < 1e-5 and abs(one["val_mm"] - other["val_mm"]) < 1e-3
+        assert abs(one["loss"] - other["loss"]) < 1e-5 and abs(one["val_mm"] - other["val_mm"]) < 1e-4
 
 
 @pytest.mark.slow

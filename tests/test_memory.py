@@ -15,8 +15,8 @@ from engine.options import parse_train
 from engine.training import train
 from model import PixelwiseRegression
 
-STEPS, PREDICTIONS = 1000, 5000
-LARGEST_GROWTH = 0.01  # from a quarter on: a leak of some 5 kB a step, 1 kB a prediction
+STEPS, PREDICTIONS = 2000, 10_000
+LARGEST_GROWTH = 0.02  # from a quarter on: a leak of some 5 kB a step, 1 kB a prediction
 
 
 def resident_bytes():
