@@ -246,20 +246,15 @@ def unlabelled_frames(name, root, parts):
     return [f"{path}\tno label names this frame" for path in unlabelled]
 
 
-def index_names(name):
-    """Return the names of the index files that a data set has when it is checked."""
-    folds = [f"_{s}" for s in range(MSRADataset.subjects)] if name == "MSRA" else [""]
-    return [f"{split}{fold}.txt" for fold in folds for split in ("train", "val", "test")]
-
-
 def build_index(name, root, force=False):
     """Validate a data set and write its index files and rejected.txt; print what was refused and why.
 
     Does nothing where all index files exist, unless `force`. Raises UserError where an official
     file is missing or no training frame can be used; then no index file is written.
     """
-    missing = [file for file in index_names(name) if not (root / file).is_file()]
-    if not missing and not force:
+    folds = [f"_{s}" for s in range(MSRADataset.subjects)] if name == "MSRA" else [""]
+    files = [root / f"{split}{fold}.txt" for fold in folds for split in ("train", "val", "test")]
+    if all(file.is_file() for file in files) and not force:
         _check_first_frame(name, root)
         print(f"{name}: all index files are in {root}; --force builds them again")
         return

@@ -21,21 +21,6 @@ PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 PLOT_THRESHOLDS_MM = np.arange(81)
 
 
-def get_parser():
-    """Return the parser of this script's options."""
-    parser = argparse.ArgumentParser(description="Evaluate predicted hand joints against labels.")
-    parser.add_argument("predictions", nargs="+", type=Path, metavar="PRED", help="file of results")
-    parser.add_argument("--dataset", required=True, choices=PROTOCOLS, help="data set that was predicted")
-    parser.add_argument(
-        "--labels", type=Path, help="labels in the layout of the results (default: the data set's test index)"
-    )
-    parser.add_argument("--data_dir", type=Path, help="folder of the data set (default: Data/<dataset>)")
-    parser.add_argument("--subject", type=int, choices=range(9), help="MSRA's test subject (default: all)")
-    parser.add_argument("--plot", type=Path, help="figure to write, .png, .pdf or .svg")
-    parser.add_argument("--json", type=Path, help="JSON file to write, errors in mm")
-    return parser
-
-
 def read_joints(path, joints):
     """Return the joints [N, joints, 3], float64, of a text file as `read_frames` reads it."""
     return read_frames(path, joints)[0]
@@ -199,7 +184,16 @@ def plot_errors(path, errors_mm, joint_names, title):
 
 def main(argv=None):
     """Read the options, print the table, and write the files that were asked for."""
-    parser = get_parser()
+    parser = argparse.ArgumentParser(description="Evaluate predicted hand joints against labels.")
+    add = parser.add_argument
+    add("predictions", nargs="+", type=Path, metavar="PRED", help="file of results")
+    add("--dataset", required=True, choices=PROTOCOLS, help="data set that was predicted")
+    default = "the data set's test index"
+    add("--labels", type=Path, help=f"labels in the layout of the results (default: {default})")
+    add("--data_dir", type=Path, help="folder of the data set (default: Data/<dataset>)")
+    add("--subject", type=int, choices=range(9), help="MSRA's test subject (default: all)")
+    add("--plot", type=Path, help="figure to write, .png, .pdf or .svg")
+    add("--json", type=Path, help="JSON file to write, errors in mm")
     args = parser.parse_args(argv)
     if args.subject is not None and (args.dataset != "MSRA" or args.labels is not None):
         parser.error("--subject goes with --dataset MSRA and without --labels: it chooses MSRA's own labels")

@@ -188,30 +188,13 @@ class PixelwiseRegression(nn.Module):
         heatmap_method="softmax",
     ):
         super().__init__()
-        self.param = dict(
-            stage=stage,
-            label_size=label_size,
-            features=features,
-            level=level,
-            kernel_size=kernel_size,
-            norm_method=norm_method,
-            heatmap_method=heatmap_method,
-        )
-        self.joints = joints
+        size = dict(label_size=label_size, features=features, level=level, kernel_size=kernel_size)
+        size.update(norm_method=norm_method, heatmap_method=heatmap_method)
+        self.joints, self.param = joints, dict(size, stage=stage)
         validate_sizes(joints, **self.param)
         self.conv = stem(features, kernel_size, norm_method)
         self.stages = nn.ModuleList(
-            PredictionStage(
-                joints,
-                2 * joints + 1 if s else features,
-                label_size=label_size,
-                features=features,
-                level=level,
-                kernel_size=kernel_size,
-                norm_method=norm_method,
-                heatmap_method=heatmap_method,
-            )
-            for s in range(stage)
+            PredictionStage(joints, 2 * joints + 1 if s else features, **size) for s in range(stage)
         )
         initialise(self)
 

@@ -31,21 +31,10 @@ def main(argv=None):
     args = parse_predict(argv)
     sequences = [list_frames(path) if os.path.isdir(path) else [path] for path in args.input]
     total = sum(map(len, sequences))
-    estimator = HandPoseEstimator(
-        args.model,
-        args.camera.camera,
-        joints=args.joints,
-        cube_mm=args.cube,
-        hand=args.hand,
-        device=args.device,
-        frames=total,
-    )
-    pictures = {
-        "pictures": args.pictures,
-        "video": args.video if total > 1 else "none",
-        "plot3d": args.plot3d,
-    }
-    with PredictionWriter(args.out, estimator, args.camera, sequences, **pictures) as writer:
+    how = dict(joints=args.joints, cube_mm=args.cube, hand=args.hand, device=args.device)
+    estimator = HandPoseEstimator(args.model, args.camera.camera, frames=total, **how)
+    pictures = args.pictures, args.video if total > 1 else "none", args.plot3d
+    with PredictionWriter(args.out, estimator, args.camera, sequences, *pictures) as writer:
         good = predict_all(estimator, args.camera, sequences, (args.center, args.bbox), writer)
     if good == total:
         return 0

@@ -1,14 +1,11 @@
-"""Seeds, devices, and checkpoint files: written whole, read without running anything in them."""
+"""Devices, and checkpoint files: written whole, read without running anything in them."""
 
 import io
-import os
 import pickle
-import random
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from datasets import DATASETS
@@ -39,18 +36,6 @@ def torch_errors_explained():
             raise
         reason = one_line(error)
         raise UserError(f"compiling failed ({reason}): leave --compile out, or install a compiler") from error
-
-
-def draw_seed():
-    """Return a seed that was never asked for, to be recorded."""
-    return int.from_bytes(os.urandom(4), "little") % (2**31 - 1) + 1
-
-
-def seed_everything(seed):
-    """Seed Python, NumPy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def resolve_device(name, gpu_id=0):

@@ -20,10 +20,6 @@ from utils import UserError
 NAMED_FRAMES = 10
 
 
-class BadNumbers(UserError):
-    """Too many steps in a row had a loss or a gradient that is not finite."""
-
-
 @dataclass
 class Progress:
     """How far an epoch is, over all processes: steps, sum of the applied ones' losses, what went wrong."""
@@ -90,7 +86,8 @@ def running_statistics(network):
 def train_one_epoch(network, loader, optimizer, device, args, progress):
     """Train on the loader's batches; count each step in `progress`, and yield it.
 
-    Raises FrameError for a frame that cannot be used (unless args.skip_bad) and BadNumbers.
+    Raises UserError for a frame that cannot be used (unless args.skip_bad), and after too many steps in a row
+    whose loss or gradient is not finite.
     """
     network.train()
     for batch in batches_of(loader):
@@ -104,7 +101,7 @@ def train_one_epoch(network, loader, optimizer, device, args, progress):
             names = ", ".join(str(dataset.frame_path(index)) for index in batch.indices)
             tqdm.write(f"warning: loss or gradient not finite, step not applied; its frames: {names}")
         if progress.bad_in_a_row > args.max_bad_steps:
-            raise BadNumbers(
+            raise UserError(
                 f"{progress.bad_in_a_row} steps in a row were not finite (--max_bad_steps "
                 f"{args.max_bad_steps}): look at the frames named above, or start anew with a lower --lr"
             )

@@ -1,6 +1,7 @@
 """A training run as a whole: from options to checkpoints and logs."""
 
 import math
+import secrets
 import signal
 import sys
 import time
@@ -16,13 +17,7 @@ from tqdm import tqdm
 from datasets import DATASETS, MSRADataset
 from engine import distributed
 from engine.batches import EpochSampler, make_loader, own_part
-from engine.checkpoints import (
-    draw_seed,
-    load_checkpoint,
-    resolve_device,
-    seed_everything,
-    torch_errors_explained,
-)
+from engine.checkpoints import load_checkpoint, resolve_device, torch_errors_explained
 from engine.full_regression import FullRegression
 from engine.log import Log
 from engine.loops import Progress, picture_of, train_one_epoch, validate
@@ -115,9 +110,9 @@ def train(args):
 
 def _train(args, device):
     saved = distributed.from_main(lambda: load_state(args))
-    seed = saved["seed"] if saved else distributed.from_main(lambda: args.seed or draw_seed())
+    seed = saved["seed"] if saved else distributed.from_main(lambda: args.seed or 1 + secrets.randbits(31))
     args = Namespace(**{**vars(args), "seed": seed})
-    seed_everything(seed)
+    torch.manual_seed(seed)
     train_set, train_indices, val_set, val_indices = open_splits(args)
     batch_size = usable_batch_size(args, len(train_indices))
     network = build_network(args, train_set.joint_number, device)

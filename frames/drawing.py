@@ -68,8 +68,8 @@ def draw_comparison(image, true, predicted, chains, size=256):
     return np.hstack(columns)
 
 
-def write_picture(path, picture):
-    """Write an RGB uint8 picture atomically; the suffix chooses the format."""
+def write_picture(path, picture, options=()):
+    """Write an RGB uint8 picture atomically; the suffix chooses the format, `options` are OpenCV's."""
     with atomic_path(path) as temporary:
         # cv2.imwrite does not tell when the disk is full.
-        temporary.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1])
+        temporary.write_bytes(cv2.imencode(path.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1])

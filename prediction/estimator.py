@@ -14,13 +14,7 @@ from engine.inference import prepare
 from frames.cameras import FARTHEST_MM, NEAREST_MM, DepthCamera, check_depth, doubts_about, parse_camera
 from frames.handfinder import find_center
 from frames.samples import UnlabelledSample, prepare_crop
-from frames.transforms import (
-    Camera,
-    Frame,
-    recover_uvd,
-    uvd2xyz,
-    window_around,
-)
+from frames.transforms import Camera, Frame, recover_uvd, uvd2xyz, window_around
 from model import grid_position
 from utils import UserError
 

@@ -144,7 +144,8 @@ class PredictionWriter:
         # Begun with the first picture: where no frame can be read there is no film.
         if self._film is None:
             kind = Gif if self.film_name.endswith("gif") else Mp4
-            self._film = self._stack.enter_context(kind(self.out / self.film_name, len(self.inputs)))
+            self._film = kind(self.out / self.film_name, len(self.inputs))
+            self._stack.callback(self._film.close)
             self._announce(self.film_name)
         self._film.add(picture)
 
@@ -252,13 +253,10 @@ def _titled(picture, text, colour=(255, 255, 255)):
 
 
 class Mp4:
-    """A film, as large as its first picture; a context manager."""
+    """A film, as large as its first picture."""
 
     def __init__(self, path, total):
         self.path, self.writer, self.size = str(path), None, None
-
-    def __enter__(self):
-        return self
 
     def add(self, picture):
         """Append an RGB picture."""
@@ -269,7 +267,8 @@ class Mp4:
                 raise UserError("this OpenCV writes no MP4: use --video gif or none")
         self.writer.write(cv2.cvtColor(cv2.resize(picture, self.size), cv2.COLOR_RGB2BGR))
 
-    def __exit__(self, *error):
+    def close(self):
+        """End the file."""
         if self.writer is not None:
             self.writer.release()
 
@@ -279,9 +278,6 @@ class Gif:
 
     def __init__(self, path, total):
         self.path, self.step, self.pictures, self.count = path, -(-total // GIF_FRAMES), [], 0
-
-    def __enter__(self):
-        return self
 
     def add(self, picture):
         """Append an RGB picture if it is one of those shown."""
@@ -293,7 +289,8 @@ class Gif:
             self.pictures.append(small)
         self.count += 1
 
-    def __exit__(self, *error):
+    def close(self):
+        """Write the file, where there was a picture."""
         if self.pictures:
             # Pillow comes with matplotlib and only a GIF needs it.
             from PIL import Image

@@ -36,7 +36,7 @@ from engine import state as runstate
 from engine import training as training_run
 from engine.batches import EpochSampler, batches_of, make_loader
 from engine.checkpoints import load_checkpoint, save_checkpoint
-from engine.loops import BadNumbers, Progress, train_one_epoch, train_step
+from engine.loops import Progress, train_one_epoch, train_step
 from engine.options import parse_train
 from engine.state import STATE_KEYS, build_optimizer
 from frames.drawing import write_picture
@@ -135,7 +135,7 @@ def test_too_many_bad_steps_end_the_run_with_its_state_saved(calls, epoch, bad, 
     spoil_steps(monkeypatch, calls)
     limit = len(calls) - 1
     with pytest.raises(
-        BadNumbers, match=f"{len(calls)} steps in a row were not finite .*max_bad_steps {limit}"
+        UserError, match=f"{len(calls)} steps in a row were not finite .*max_bad_steps {limit}"
     ):
         train_tiny("--max_bad_steps", limit)
     saved = load_checkpoint(LAST, STATE_KEYS)

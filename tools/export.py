@@ -57,9 +57,8 @@ def make_crops(dataset, label_size, count, data_dir=None):
 
     Test frames that cannot be used are passed over. Raises UserError where none can.
     """
-    options = dict(
-        dataset="test", test_only=True, path=data_dir, label_size=label_size, image_size=2 * label_size
-    )
+    sizes = dict(label_size=label_size, image_size=2 * label_size)
+    options = dict(dataset="test", test_only=True, path=data_dir, **sizes)
     empty = dataset(lines=[], **options)
     if (empty.root / empty.index_name()).is_file():
         return _test_crops(dataset(**options), count)
@@ -69,18 +68,9 @@ def make_crops(dataset, label_size, count, data_dir=None):
     for frame in render_frames(dataset.name, 0, "test", range(-(-count // CROPS_A_FRAME))):
         for _ in range(CROPS_A_FRAME):
             center_uvd = frame.center_uvd + [*rng.uniform(-MOST_SHIFT_PX, MOST_SHIFT_PX, 2), 0]
-            reach_mm = dataset.cube_mm - (dataset.margin_mm or 0)
-            crops.append(
-                prepare_crop(
-                    Frame(frame.depth_mm),
-                    center_uvd,
-                    dataset.cube_mm,
-                    dataset.camera,
-                    window=window_around(center_uvd, reach_mm, dataset.camera),
-                    image_size=2 * label_size,
-                    label_size=label_size,
-                )
-            )
+            window = window_around(center_uvd, dataset.cube_mm - (dataset.margin_mm or 0), dataset.camera)
+            hand = Frame(frame.depth_mm), center_uvd, dataset.cube_mm, dataset.camera
+            crops.append(prepare_crop(*hand, window=window, **sizes))
     return crops[:count]
 
 

@@ -14,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from frames.cameras import PRESETS, read_depth
+from frames.drawing import write_picture
 from frames.transforms import Camera, xyz2uvd
 from rendering import anatomy, hand
 from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
@@ -25,6 +26,7 @@ from utils import UserError, atomic_path, run
 # Frames whose views look like the real ones beside them.
 RENDERED = [("NYU", 6), ("SR305", 25), ("SR305", 32), ("SR305", 6), ("SR305", 43)]
 GESTURES_A_ROW = 14
+SMALLEST = cv2.IMWRITE_PNG_COMPRESSION, 9
 REAL_SR305 = ("230536_110", "230536_70", "231615_100", "231615_220")
 
 
@@ -60,7 +62,7 @@ def draw_real_and_rendered(real, out):
     for depth_mm, hand_mm in [*real_frames(real), *(rendered_frame(*key) for key in RENDERED)]:
         small = cv2.resize(colored(depth_mm, hand_mm), (320, 240), interpolation=cv2.INTER_AREA)
         tiles.append(cv2.copyMakeBorder(small, 2, 2, 2, 2, cv2.BORDER_CONSTANT))
-    write_smallest(out / "real_and_rendered.png", contact_sheet(tiles, len(RENDERED)))
+    write_picture(out / "real_and_rendered.png", contact_sheet(tiles, len(RENDERED)), SMALLEST)
 
 
 def draw_gestures(out):
@@ -87,7 +89,7 @@ def draw_gestures(out):
     cells = [np.vstack(pair) for pair in zip(*rows)]
     for cell, name in zip(cells, anatomy.GESTURES):
         cv2.putText(cell, name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-    write_smallest(out / "gestures.png", contact_sheet(cells, GESTURES_A_ROW))
+    write_picture(out / "gestures.png", contact_sheet(cells, GESTURES_A_ROW), SMALLEST)
 
 
 def _sketch(depth_mm, joints_uvd):
@@ -117,13 +119,6 @@ def draw_angles(out):
             axis.axvline(limit, color="k", lw=1, ls="--")
     with atomic_path(out / "angles.png") as temporary:
         figure.savefig(temporary, dpi=70)
-
-
-def write_smallest(path, picture):
-    """Write an RGB picture [H, W, 3] as the smallest PNG."""
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 9]
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1])
 
 
 def main():
