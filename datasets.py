@@ -137,8 +137,8 @@ class HandDataset(Dataset):
     def sample(self, index, augmentation=PLAIN):
         """Return the Sample (UnlabelledSample with `test_only`) of frame `index` for one Augmentation.
 
-        The plain sample is returned where an augmented joint leaves the heatmap grid, or the hand the
-        crop. Raises FrameError where the frame cannot be used.
+        The plain sample is returned where an augmented joint leaves the heatmap grid, or too little of the
+        hand is left in the crop. Raises FrameError where the frame cannot be used.
         """
         line = self.line(index)
         try:
@@ -284,8 +284,8 @@ class NYUDataset(HandDataset):
     joint_number = 14
     config = [[13, 10, 9, 8], [13, 1, 0], [13, 3, 2], [13, 5, 4], [13, 7, 6], [11, 13, 12]]
     center_prefix = "nyu"
-    # The second test person, whose hand is smaller, starts at 2441; the published programs are
-    # one frame late, and parity needs that.
+    # The second test person, whose hand is smaller, starts at frame 2441; the published programs make the
+    # cube smaller from 2442 on, and parity needs that.
     late_after, late_cube_mm = 2441, 125.0
 
     def frame_cube_mm(self, line):

@@ -16,7 +16,7 @@ import cv2
 
 # OpenMP's threads wait for each other by spinning, for so long that one whose core another process has loses
 # it a whole slice of time: ten times on a busy machine (docs/performance.md). Here they soon sleep instead.
-# OpenMP reads it when torch is imported, so each script imports this module first; one's own settings count.
+# OpenMP reads it when torch is imported: scripts that need it import this module first; own settings count.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 

@@ -27,7 +27,7 @@ from utils import Stopped, UserError, atomic_path, one_line
 # For so long a run that has ended tries to write what a full disk refused.
 RETRY_S = 600
 
-# Options that may differ when a run is resumed: they do not change what is computed.
+# Options that may differ when a run is resumed: it goes on as the same run, but for rounding and its end.
 FREE_OPTIONS = set(
     "config data_dir num_workers device gpu_id epoch resume save_minutes skip_bad max_bad_steps compile "
     "init".split()

@@ -21,7 +21,7 @@ COARSE_FOCAL_PX = 120
 # Two neighbouring pixels further apart in depth than this belong to two surfaces.
 JUMP_MM = 40.0
 
-# Radii of the largest disc in a hand: from its edge, a fist, a palm with its thumb (61 mm in a real frame).
+# Radius of the largest disc that fits in a hand: seen from its edge to a broad palm (61 mm in a real frame).
 PALM_RADIUS_MM = (10.0, 80.0)
 SAME_PLACE_MM = 30.0
 
@@ -86,7 +86,7 @@ class Picture(NamedTuple):
 
 
 def find_center(frame, camera, near_uvd=None, bbox=None):
-    """Find the hand; return the middle of its surface (mean column, row, depth), uvd.
+    """Find the hand; return its middle, uvd: half-way from where the judge sees it to its surface's mean.
 
     Every place where a surface is as wide as a palm is judged, and the best ones again where they
     said that the hand's middle is. `near_uvd` is where the hand was in the frame before: places near it are

@@ -22,10 +22,10 @@ from rendering.surface import Surface, build_surface
 WRIST_SD_DEG = (23.0, 11.0)  # flexion, deviation
 GRIP_TRIES = 8  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
 OVERLAP_MM = 5.0  # flesh may be pressed this deep
-VIEW_TRIES = 3  # times that a view is drawn anew while the forearm comes towards the camera,
-TOWARDS = -0.5  # that is, by more than this share of its length
+# So often a view is drawn anew while the forearm comes towards the camera by more than a share of its length.
+VIEW_TRIES, TOWARDS = 3, -0.5
 SLEEVES_MM = (20.0, 420.0)  # of many arms no sleeve is seen
-NOISE_COLUMNS = 300  # uniform numbers that `draw_hands` and `place` use up for a hand, rounded up
+NOISE_COLUMNS = 300  # uniform numbers that `draw_hands` uses up for a hand, rounded up
 
 
 class Hands(NamedTuple):
@@ -337,7 +337,7 @@ def overlap_mm(bones_mm: Tensor, girth: Tensor, angles: Tensor) -> Tensor:
 def draw_hands(noise: Noise, left_share: float = 0.0) -> Hands:
     """Draw hands from uniform numbers: people, poses, views and forearms, with the wrist at the origin.
 
-    Of GRIP_TRIES poses the first is taken that overlap by OVERLAP_MM or less, else the least
+    Of GRIP_TRIES poses the first is taken that overlaps by OVERLAP_MM or less, else the least
     overlapping.
     """
     like = noise.values

@@ -78,8 +78,7 @@ def measure(depth_mm: Tensor, sensor: Sensor, fx_px: float, generator: torch.Gen
     """Return what a sensor measures of exact depth [B, H, W], mm; `sensor.missing_mm` where it fails.
 
     fx_px is the focal length of the picture given, which for crops differs from the sensor's own. What is
-    lost is decided for cells of 2 x 2 px, in crops that are much smaller than the sensor's picture for single
-    pixels.
+    lost is decided for cells of 2 x 2 px; for single pixels where fx_px is at most 3/4 of the sensor's.
     """
     depth_mm = depth_mm.clamp(max=NO_WALL_MM)
     cell = 2 if fx_px > 0.75 * sensor.camera.fx else 1
