@@ -44,9 +44,9 @@ def averaged(network, decay):
 
 
 def load_weights(network, path):
-    """Give a network the weights of a checkpoint file; return the names of those that stay as they are.
+    """Give a network the weights of a checkpoint file; return the names of what stays as it is.
 
-    These belong to stages that the file has not, and to layers whose size is the number of joints, or of a
+    That is stages that the file has not, and weights of layers whose size is the number of joints, or of a
     FullRegression's maps, where that differs. Convolutions do not depend on label_size: a network learns
     fast on coarse maps and in one stage, and goes on from there on finer ones and in more.
     Raises UserError where the file is no checkpoint, or another network's.
@@ -60,4 +60,6 @@ def load_weights(network, path):
     weights = other.state_dict()
     kept = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     network.load_state_dict({name: own[name] if name in kept else weights[name] for name in own})
-    return [name for name, _ in network.named_parameters() if name in kept]
+    added = [f"stages.{number}" for number in range(other.param["stage"], network.param["stage"])]
+    names = (name for name, _ in network.named_parameters() if name in kept)
+    return added + [name for name in names if ".".join(name.split(".")[:2]) not in added]

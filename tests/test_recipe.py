@@ -145,7 +145,7 @@ def test_a_stage_that_the_file_has_not_begins_anew_and_is_named(tmp_path):
     one, two = small_network(stage=1), small_network(stage=2)
     before = {name: value.clone() for name, value in two.state_dict().items()}
     left_out = load_weights(two, save(one, tmp_path / "a.pt"))
-    assert left_out == [name for name, _ in two.named_parameters() if name.startswith("stages.1.")]
+    assert left_out == ["stages.1"]
     for name, value in two.state_dict().items():
         anew = name.startswith("stages.1.")
         assert torch.equal(value, before[name] if anew else one.state_dict()[name])
