@@ -305,6 +305,8 @@ def _bytes_are_swapped(depth):
 
 def _scaled(depth, unit_mm):
     """Return a picture's depths as float32 mm. Raises ValueError where one is negative or absurd."""
+    if depth.dtype == np.float32 and unit_mm == 1 and depth.min() >= 0 and depth.max() < MAX_NUMBER:
+        return depth  # mostly so, and then that is all there is to look at
     measured = np.isfinite(depth)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is told below
         depth = np.where(measured, depth, 0).astype(np.float32) * np.float32(unit_mm)
