@@ -181,11 +181,12 @@ def test_depth_in_its_own_unit_is_taken():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("suffix", [".npy", ".tif"])
-def test_what_is_not_finite_was_not_measured(value, suffix, tmp_path):
-    depth = hand_frame().astype(np.float32) / 1000
+@pytest.mark.parametrize("unit_mm", [1000.0, 1.0])
+def test_what_is_not_finite_was_not_measured(value, suffix, unit_mm, tmp_path):
+    depth = (hand_frame() / unit_mm).astype(np.float32)
     stored, path = np.where(depth == 0, np.float32(value), depth), tmp_path / f"frame{suffix}"
     np.save(path, stored) if suffix == ".npy" else cv2.imwrite(str(path), stored)
-    read = read_depth(path, DepthCamera(CAMERA, 1000.0))
+    read = read_depth(path, DepthCamera(CAMERA, unit_mm))
     np.testing.assert_allclose(read, hand_frame(), atol=1e-3)
 
 
