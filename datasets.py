@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from frames import files, transforms
 from frames.cache import cache_of, line_key
 from frames.cameras import PRESETS
-from frames.centers import open_centers, parse_center
+from frames.centers import open_centers, read_center
 from frames.files import FrameError, IndexLine, LineFile
 from frames.samples import LABEL_SIZE, HandFrame, Sample, move_hand, prepare_crop, to_tensor
 from frames.transforms import ROTATION_DEG, Augmentation, Camera, Frame, Rect
@@ -252,10 +252,7 @@ class HandDataset(Dataset):
 
     def center_uvd(self, line):
         """Return the centre file's uvd for an IndexLine. Raises FrameError where it has none."""
-        number, lines = self.center_line(line), self.centers[0]
-        if number is None or not 0 <= number < len(lines):
-            raise FrameError(line.path, "the centre file has no line for this frame")
-        return parse_center(lines[number], line.path)
+        return read_center(self.centers[0], self.center_line(line), line.path)
 
     def center_line(self, line):
         """Return the zero-based line of the centre file for an IndexLine; None where it has none."""

@@ -41,6 +41,13 @@ def open_centers(dataset):
     )
 
 
+def read_center(lines, number, path):
+    """Return the centre (uvd) of the frame at `path` from line `number`, None for none. Raises FrameError."""
+    if number is None or not 0 <= number < len(lines):
+        raise FrameError(path, "the centre file has no line for this frame")
+    return parse_center(lines[number], path)
+
+
 def parse_center(text, path):
     """Return the centre (uvd) that a line of a centre file gives the frame at `path`. Raises FrameError."""
     if text == "invalid":
