@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 
 import utils  # first: torch reads the threads' settings when it is imported
+from engine.inference import limit_threads
 from engine.options import parse_predict
 from frames.cameras import doubts_about, list_frames, read_depth
 from frames.files import FrameError
@@ -33,6 +34,7 @@ def main(argv=None):
     total = sum(map(len, sequences))
     how = dict(joints=args.joints, cube_mm=args.cube, hand=args.hand, device=args.device)
     estimator = HandPoseEstimator(args.model, args.camera.camera, frames=total, **how)
+    limit_threads(estimator.network)
     pictures = args.pictures, args.video if total > 1 else "none", args.plot3d
     with PredictionWriter(args.out, estimator, args.camera, sequences, *pictures) as writer:
         good = predict_all(estimator, args.camera, sequences, (args.center, args.bbox), writer)

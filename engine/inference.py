@@ -1,6 +1,7 @@
 """The fastest exact forward pass that a device offers, for all that runs a trained network: `prepare`."""
 
 import copy
+import os
 from functools import cache
 
 import torch
@@ -16,8 +17,17 @@ from utils import one_line
 TOLERANCE_MM = 0.05
 CUBE_MM = 150.0
 
+# Threads of a network no wider than this wait for each other about as long as they work.
+NARROW = 64
+
 # So many frames repay the minute or more that compiling takes.
 COMPILE_FRAMES = {"cpu": 3000, "cuda": 30000}
+
+
+def limit_threads(network):
+    """Let this process use one thread for a narrow network; OMP_NUM_THREADS in the environment wins."""
+    if network.param["features"] <= NARROW and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 class PlainInstanceNorm(nn.Module):

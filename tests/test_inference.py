@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine import inference
-from engine.inference import moved_mm, prepare
+from engine.inference import limit_threads, moved_mm, prepare
 from model import PixelwiseRegression, StageOutput
 
 
@@ -135,3 +135,15 @@ def test_wide_networks_take_frames_one_by_one_and_are_not_mixed_up(compiled_call
             assert_same(network, forward, batch)
         assert compiled_calls == [1] * (2 + 2 + 1)
         compiled_calls.clear()
+
+
+def test_a_narrow_network_gets_one_thread_unless_the_environment_says_how_many(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    narrow, wide = (PixelwiseRegression(1, 1, 16, features, 0) for features in (64, 96))
+    limit_threads(narrow)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    limit_threads(wide)
+    assert asked == []
+    limit_threads(narrow)
+    assert asked == [1]
