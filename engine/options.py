@@ -167,7 +167,8 @@ def _add_training(parser):
     add("--lambda_d", type=float, default=0.01, help="weight of the depth maps' loss")
     average = "validate and save a moving average of the weights: its decay a step, such as 0.999 (0: none)"
     add("--ema", type=float, default=0.0, help=average)
-    add("--init", type=Path, help="begin with this checkpoint's weights; its label_size may be another")
+    begin = "begin with this checkpoint's weights; it may have fewer stages and another label_size"
+    add("--init", type=Path, help=begin)
     add("--mixed_precision", **SWITCH, help="bfloat16 autocast; the decoder stays float32")
     add("--compile", **SWITCH, help="compile the network (minutes once, then faster)")
 

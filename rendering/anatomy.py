@@ -143,8 +143,8 @@ GESTURES = {
 }
 SPREAD_DEG = (11, 3, -5, -12)  # abduction of index .. little at spread 1, to the thumb positive
 
-# Joints: the wrist, then base, middle, end joint and tip of thumb, index, middle, ring, little (thumb: CMC,
-# MCP, IP): 21.
+# The 21 joints: the wrist, then base, middle, end joint and tip of thumb, index, middle, ring, little (thumb:
+# CMC, MCP, IP).
 CARPAL_MM = (
     (19.0, -20.0, -8.0),
     (9.0, -26.0, 1.0),
