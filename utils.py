@@ -190,6 +190,6 @@ def _remove_leftovers(folder):
         return
     _swept[folder] = now
     for leftover in folder.glob(".*.????????.part*"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # gone meanwhile, or another user's
             if now - leftover.stat().st_mtime > SWEEP_S:
                 leftover.unlink()

@@ -72,5 +72,8 @@ class Log:
             axes.plot(epochs, [record[key] for record in records], marker=".")
             axes.set(xlabel="epoch", ylabel=label)
             axes.grid(alpha=0.3)
-        with atomic_path(self.folder / "curves.png") as temporary:
-            figure.savefig(temporary, dpi=110)
+        try:
+            with atomic_path(self.folder / "curves.png") as temporary:
+                figure.savefig(temporary, dpi=110)
+        except UserError as error:
+            tqdm.write(f"WARNING: {error}")

@@ -96,7 +96,7 @@ def parse_camera(text):
     if Path(text).suffix.lower() in (".yml", ".yaml", ".json", ".jsonl"):
         try:
             return _camera_of(_flat(_load(Path(text))))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             reason = one_line(error)
             missing = f"{reason} is missing" if isinstance(error, KeyError) else reason
             raise UserError(f"--camera {text}: {missing} (docs/camera.md: Camera files)") from None

@@ -32,7 +32,8 @@ GIRTH_LIMITS = (0.82, 1.2)
 # Anatomical limits in degrees. Fingers: flexion 0..90 (MCP), 0..110 (PIP), abduction +-15, DIP = 2/3 PIP from
 # Lin, Wu & Huang 2000, Modeling the Constraints of Human Hand Motion; hyperextension, thumb and wrist within
 # the ranges of the American Academy of Orthopaedic Surgeons, Joint Motion, 1965 (thumb abduction 0..70, MCP
-# 0..50, IP 0..80, wrist flexion -70..80, deviation -20 (radial) .. 30 (ulnar)).
+# 0..50, IP 0..80, wrist flexion -70..80, deviation 20 radial, which is positive here, and 30 ulnar), but
+# that thumbs may overextend a little.
 LIMITS_DEG = {
     "thumb_radial": (-15, 65),
     "thumb_palmar": (0, 65),

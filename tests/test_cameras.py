@@ -115,6 +115,7 @@ def test_camera_files_of_every_usual_form_are_read(form, suffix, tmp_path):
         ("fx: 600\nfy: 601\nu0: 320\nv0: 240\nwidth: 640\n", "'height' is missing"),
         ("fx: 600\nfy: 0\nu0: 320\nv0: 240\n", "above 0"),
         ("fx: 600\nfy: 601\nu0: .nan\nv0: 240\n", "above 0"),
+        ("fx: 600\nfy: 601\nu0: 320\nv0: 240\nwidth: .inf\nheight: 480\n", "cannot convert float infinity"),
         ("K: [0, 0, 0, 0, 0, 0, 0, 0, 0]\n", "the matrix is not"),
         ("K: [1, 2, 3]\n", "cannot reshape"),
         ("K: [600, 0, 320, 0, 601, 240, 0, 0, 1]\nbinning_x: 2\n", "binned"),

@@ -470,6 +470,13 @@ def test_tensorboard_without_space_does_not_end_the_run(data, monkeypatch, capfd
     assert capfd.readouterr().out.count("WARNING: no log for TensorBoard: [Errno 28] No space left") == 1
 
 
+def test_curves_that_cannot_be_written_do_not_end_the_run(data, capfd):
+    Path("logs", RUN, "curves.png").mkdir(parents=True)
+    train_tiny()
+    assert capfd.readouterr().out.count("WARNING: cannot write") == 1
+    assert len(records()) == 2
+
+
 @pytest.fixture
 def small_disk(data):
     """Return a function that makes Model/ a file system of so many kB; skip where none can be mounted."""
