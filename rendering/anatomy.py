@@ -33,7 +33,7 @@ GIRTH_LIMITS = (0.82, 1.2)
 # Lin, Wu & Huang 2000, Modeling the Constraints of Human Hand Motion; hyperextension, thumb and wrist within
 # the ranges of the American Academy of Orthopaedic Surgeons, Joint Motion, 1965 (thumb abduction 0..70, MCP
 # 0..50, IP 0..80, wrist flexion -70..80, deviation 20 radial, which is positive here, and 30 ulnar), but
-# that thumbs may overextend a little.
+# that the thumb's last two joints go a few degrees further.
 LIMITS_DEG = {
     "thumb_radial": (-15, 65),
     "thumb_palmar": (0, 65),
