@@ -52,7 +52,8 @@ class Noise:
         """Return the next `count` columns [B, count], uniform between low and high."""
         if self.used + count > self.values.shape[1]:
             raise ValueError(
-                f"more than {self.values.shape[1]} random numbers are needed: raise NOISE_COLUMNS or SCENE_COLUMNS"
+                f"more than {self.values.shape[1]} random numbers are needed: "
+                "raise NOISE_COLUMNS or SCENE_COLUMNS"
             )
         self.used += count
         return low + (high - low) * self.values[:, self.used - count : self.used]
