@@ -23,8 +23,8 @@ from datasets import DATASETS, MSRADataset
 from frames.cache import lines_of, make_record, open_cache, settings_of, write_cache
 from frames.centers import computed_name, known_centers
 from frames.files import FrameError, LineFile
-from frames.handfinder import find_center
-from utils import UserError, atomic_path, one_line, run, start_worker, usable_cores
+from frames.handfinder import find_center, load_judge
+from utils import UserError, one_line, run, start_worker, usable_cores, write_lines
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
 HAND17_TRAIN_SHARE = 0.95
@@ -208,6 +208,7 @@ def compute_missing_centers(split, dataset):
         f"{absent[0]} not found: computing centres (of the hand found) into {computed[0]}; published results "
         "use the distributed file"
     )
+    load_judge()  # where it is missing, here rather than in every process
     centers, paths = {}, []
     for index, center in enumerate(for_each_frame(computed_center, dataset, f"centres {split}")):
         with suppress(FrameError):  # a line that names no frame, or one without a number, is refused later
@@ -325,13 +326,6 @@ def _report(name, parts, refusals):
             print(f"  {count:>7}  {reason}")
         if reasons["the file is missing"] > MANY_MISSING * len(dataset):
             print(f"WARNING: was {name} extracted to its end? Many frames of {part} have a label and no file")
-
-
-def write_lines(path, lines):
-    """Write a text file, a line each, atomically; names that are no text keep their bytes."""
-    with atomic_path(path) as temporary:
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in lines)
 
 
 def build_cache(name, root, force=False):

@@ -173,6 +173,13 @@ def atomic_path(path):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def write_lines(path, lines):
+    """Write a text file, a line each, atomically; names that are no text keep their bytes."""
+    with atomic_path(path) as temporary:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+
 def _flush_to_disk(path):
     """Wait until a file is on the disk, on file systems that can tell. Raises OSError where it is full."""
     with path.open("rb+") as file:

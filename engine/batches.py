@@ -24,6 +24,13 @@ class Batch(NamedTuple):
     indices: list
     refused: list
 
+    def pin_memory(self):
+        """Return the batch as tensors in pinned memory, as a DataLoader with `pin_memory` asks for."""
+        if self.samples is None:
+            return self
+        pinned = (torch.from_numpy(field).pin_memory() for field in self.samples)
+        return self._replace(samples=type(self.samples)(*pinned))
+
 
 class Frames(Dataset):
     """A data set whose errors are values: from a worker torch would hand them on as a page of text.
@@ -146,7 +153,7 @@ def batches_of(loader):
         for error in batch.refused:
             if not isinstance(error, FrameError):
                 raise error
-        samples = batch.samples and type(batch.samples)(*map(torch.from_numpy, batch.samples))
+        samples = batch.samples and type(batch.samples)(*map(torch.as_tensor, batch.samples))
         yield batch._replace(samples=samples)
 
 

@@ -16,7 +16,7 @@ from engine.metrics import PROTOCOLS, format_table, measure_errors, summarise
 from engine.state import checkpoint_path, run_name
 from engine.training import folds
 from frames.files import FrameError
-from utils import UserError, atomic_path
+from utils import UserError, write_lines
 
 SOME_REFUSED = 3  # exit status
 
@@ -141,8 +141,7 @@ def result_lines(dataset, joints_uvd):
 
 def write_results(path, lines):
     """Write a result file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines))
+    write_lines(path, lines)
     print(f"{path}: {len(lines)} frames")
 
 

@@ -140,6 +140,9 @@ class HandPoseEstimator:
         try:
             if bbox is not None:
                 require_box(bbox, width, height)
+            for name, hint in (("centre", center_uvd), ("place before", near_uvd)):
+                if hint is not None and not np.isfinite(hint).all():
+                    raise ValueError(f"the {name} {tuple(hint)} must be column px, row px and depth mm")
             if self.hand == "left":
                 depth_mm = np.ascontiguousarray(depth_mm[:, ::-1])
                 camera = camera._replace(u0=width - 1 - camera.u0)

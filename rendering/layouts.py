@@ -22,7 +22,7 @@ import scipy.io
 import torch
 from tqdm import tqdm
 
-from datasets import MSRADataset
+from datasets import ICVLDataset, MSRADataset
 from frames.transforms import xyz2uvd
 from rendering.hand import joints_xyz
 from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
@@ -97,8 +97,8 @@ def _rendered(depth_mm: np.ndarray, hand: np.ndarray, exact_mm: np.ndarray, join
 def frame_path(layout: str, split: str, number: int) -> str:
     """Return where a frame (number from 0) lies in the data set's folder.
 
-    ICVL: test frames go to both sequences in turn until the first has its 702. MSRA: test frames are subject
-    0's, training frames go to subjects 1..8 in turn, and of each to the gesture folders in turn.
+    ICVL: test frames go to both sequences in turn until the first is full. MSRA: test frames are subject 0's,
+    training frames go to subjects 1..8 in turn, and of each to the gesture folders in turn.
     """
     if layout == "NYU":
         return f"{split}/depth_1_{number + 1:07d}.png"
@@ -107,7 +107,8 @@ def frame_path(layout: str, split: str, number: int) -> str:
     if layout == "ICVL":
         if split == "train":
             return f"Training/Depth/201403121135/image_{number:04d}.png"
-        sequence, place = (1 + number % 2, number // 2) if number < 2 * 702 else (2, number - 702)
+        first = ICVLDataset.first_sequence
+        sequence, place = (1 + number % 2, number // 2) if number < 2 * first else (2, number - first)
         return f"Testing/Depth/test_seq_{sequence}/image_{place:04d}.png"
     subject, rest = (1 + number % 8, number // 8) if split == "train" else (0, number)
     gestures = MSRADataset.gestures
@@ -220,9 +221,10 @@ def _write_icvl(folder: Path, split: str, paths: list, joints_uvd: np.ndarray, c
     for sequence, chosen in enumerate((~in_second, in_second), start=1):
         own = [name for name, is_own in zip(names, chosen) if is_own]
         (folder / "Testing" / f"test_seq_{sequence}.txt").write_text(_text(joints_uvd[chosen], own))
-    # The second sequence's centres begin at line 702, however short the first one is.
-    rows = np.zeros((702 + in_second.sum(), 3))
-    rows[places + 702 * in_second] = centers
+    # The second sequence's centres begin at a line of their own, however short the first one is.
+    first = ICVLDataset.first_sequence
+    rows = np.zeros((first + in_second.sum(), 3))
+    rows[places + first * in_second] = centers
     (folder / "icvl_center_test.txt").write_text(_text(rows))
 
 

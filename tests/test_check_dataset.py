@@ -16,6 +16,7 @@ from conftest import GOLDEN, expected, hidden_files, refusal
 from processes import start_script
 
 from datasets import DATASETS
+from frames import handfinder
 
 NAMES = sorted(DATASETS)
 
@@ -345,6 +346,16 @@ def test_missing_centre_files_are_computed_and_said_to_be(name, fresh, script):
             assert np.abs(found - centers[k])[2] < 60, "within the hand"
     frames = DATASETS[name](path=root, dataset="val")
     assert all(refusal(frames, index) is None for index in range(len(frames)))
+
+
+def test_without_the_finders_weights_centres_are_not_computed(fresh, script, tmp_path, monkeypatch):
+    root = fresh("ICVL")
+    (root / "icvl_center_train.txt").unlink()
+    monkeypatch.setattr(handfinder, "WEIGHTS", tmp_path / "nowhere.pt")
+    handfinder.load_judge.cache_clear()
+    done = script("check_dataset.py", "--dataset", "ICVL")
+    assert done.status == 1 and done.err.startswith("error: the hand finder's ") and "nowhere.pt" in done.err
+    assert done.err.count("\n") == 1 and not (root / "train.txt").exists()
 
 
 def test_distributed_centres_go_before_computed_ones(fresh_indexed):

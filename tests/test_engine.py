@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 from training import TINY, repeat_lines
 
 from datasets import DATASETS
-from engine.batches import EpochSampler, make_loader
+from engine.batches import EpochSampler, Frames, collate, make_loader
 from engine.loops import Progress, forward_losses, running_statistics, train_one_epoch, validate
 from engine.options import parse_train
 from engine.state import build_optimizer
@@ -46,6 +47,23 @@ def test_augmentation_is_switched_part_by_part(fresh_indexed):
     for part, default in parts.items():
         train = open_splits(options(f"--using_{part} {int(not default)}"))[0]
         assert {name: train.drawn[name] for name in parts} == {**parts, part: not default}
+
+
+# Batches
+
+
+def test_what_is_handed_to_a_gpu_lies_in_pinned_memory(fresh_indexed, monkeypatch):
+    """Pinning itself needs a GPU: here a field that would be pinned is counted."""
+    fresh_indexed("ICVL")
+    pinned, gpu = [], torch.device("cuda")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.append(self) or self)
+    dataset = open_splits(options())[2]
+    batch = collate([Frames(dataset)[0], Frames(dataset)[1]])
+    moved = pin_memory(batch)
+    assert [field.shape for field in pinned] == [field.shape for field in moved.samples]
+    assert all(map(np.array_equal, moved.samples, batch.samples))
+    assert moved.indices == [0, 1] and pin_memory(collate([(0, None, [])])).samples is None
+    assert make_loader(dataset, [0], options(), gpu, 1).pin_memory
 
 
 # Network and optimiser

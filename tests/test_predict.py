@@ -551,3 +551,12 @@ def test_an_answer_that_is_not_finite_is_none(model, monkeypatch):
     monkeypatch.setattr(estimator, "_forward", lambda *_: output)
     pose = estimator(hand_frame(), center_uvd=CENTER)
     assert pose.joints_xyz is None and "not finite" in pose.reason
+
+
+@pytest.mark.parametrize("hand", ["right", "left"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_hint_that_is_no_number_is_the_reason(hand, wrong, model):
+    estimator = HandPoseEstimator(model, CAMERA, hand=hand, device="cpu")
+    for place in ((wrong, 240, 600), (320, wrong, 600), (320, 240, wrong)):
+        assert estimator(hand_frame(), center_uvd=place).reason.startswith("the centre (")
+        assert estimator(hand_frame(), near_uvd=place).reason.startswith("the place before (")

@@ -140,6 +140,19 @@ def test_hand17_predictions_are_read_in_the_camera_frame(indexed, tmp_path):
     assert list(errors_mm) == list(range(len(dataset))) and max(errors_mm.values()) < 0.01
 
 
+def test_named_predictions_are_matched_by_their_names(tmp_path, fresh_indexed):
+    root = fresh_indexed("HAND17")
+    lines = (root / "train.txt").read_text().splitlines()[:2]
+    (root / "val.txt").write_text("".join(f"{line}\n" for line in lines))
+    dataset = show.DATASETS["HAND17"](path=root, dataset="val")
+    (tmp_path / "reversed.txt").write_text("\n".join(reversed(lines)))
+    errors_mm = show.mean_errors_mm(dataset, show.load_predictions(tmp_path / "reversed.txt", dataset))
+    assert len(errors_mm) == 2 and max(errors_mm.values()) < 0.01
+    (tmp_path / "other.txt").write_text("\n".join([lines[0], lines[0]]))
+    with pytest.raises(UserError, match="stands in two lines"):
+        show.load_predictions(tmp_path / "other.txt", dataset)
+
+
 def test_predictions_in_another_form_are_not_shown(indexed, tmp_path):
     dataset = show.DATASETS["NYU"](path=indexed("NYU"), dataset="test")
     xyz = np.stack([dataset.uvd2xyz(dataset.joints_uvd(dataset.line(k))) for k in range(len(dataset))])

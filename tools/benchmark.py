@@ -249,7 +249,8 @@ def machine(device):
     if device.type == "cuda":
         gpu, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
-        gpu, peak = "no GPU", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        gpu, peak = "no GPU", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024  # Linux counts kB, macOS bytes
     versions = f"torch {torch.__version__}, OpenCV {cv2.__version__}"
     return f"{platform.machine()}, {os.cpu_count()} cores, {gpu}, {versions}, peak {peak / 2**30:.2f} GiB"
 

@@ -16,7 +16,7 @@ import torch
 from check_dataset import open_part
 from datasets import DATASETS
 from engine.metrics import PROTOCOLS, has_joints, joint_errors_mm
-from evaluate import read_joints
+from evaluate import match_names, read_frames
 from frames.drawing import draw_crop, write_picture
 from frames.files import FrameError
 from frames.transforms import joints_to_crop
@@ -75,12 +75,15 @@ def parse(argv=None):
 
 
 def load_predictions(path, dataset):
-    """Return a result file's joints [N, J, 3], uvd; NaN in a refused frame, where the file has zeros.
+    """Return a result file's joints [N, J, 3], uvd, in the data set's order; NaN where the file has zeros.
 
-    Raises UserError where it does not fit the data set.
+    Lines that begin with a frame's name are matched by it. Raises UserError where the file does not fit.
     """
-    joints = read_joints(path, dataset.joint_number)
+    joints, names = read_frames(path, dataset.joint_number)
     PROTOCOLS[dataset.name].require_form(joints, path)
+    if names is not None:
+        wanted = [str(dataset.frame_path(index)) for index in range(len(dataset))]
+        joints = joints[match_names(names, wanted, path, f"{dataset.name} {dataset.split}")]
     if len(joints) != len(dataset):
         raise UserError(f"{path} has {len(joints)} frames, {dataset.name} {dataset.split} {len(dataset)}")
     joints[~has_joints(joints)] = np.nan
