@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from engine import distributed
@@ -67,7 +67,7 @@ def train_step(network, optimizer, samples, args):
     loss = sum(terms.values())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # with several processes, to the mean of their gradients
-    norm = clip_grad_norm_(network.parameters(), math.inf)  # clips nothing: it measures
+    norm = get_total_norm([weight.grad for weight in network.parameters() if weight.grad is not None])
     mean_loss = distributed.total(loss.item()) / distributed.world_size()
     applied = math.isfinite(mean_loss) and math.isfinite(norm)
     if applied:

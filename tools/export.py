@@ -168,7 +168,8 @@ def call_ms(call, inputs):
 
 def parse(argv=None):
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Export a network to ONNX or a torch.export program.")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint")
     parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx")
     parser.add_argument("--batch", default="dynamic", help="a fixed batch size, or dynamic (default)")

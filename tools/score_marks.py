@@ -185,7 +185,8 @@ def summary(scores, marked, columns):
 
 def main(argv=None):
     """Score every set; return 0 where a hand was found in each."""
-    parser = argparse.ArgumentParser(description="Measure predictions on frames whose joints were marked.")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
         "--marks", type=Path, nargs="+", required=True, help="JSON files with their frames beside them"
     )
