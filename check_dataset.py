@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import DATASETS, MSRADataset
-from frames.cache import lines_of, make_record, open_cache, settings_of, write_cache
+from frames.cache import CacheError, CropCache, lines_of, make_record, settings_of, write_cache
 from frames.centers import computed_name, known_centers
 from frames.files import FrameError, LineFile
 from frames.handfinder import find_center, load_judge
@@ -336,9 +336,13 @@ def build_cache(name, root, force=False):
     for file, group in _cache_groups(name, root).items():
         path, settings = root / file, settings_of(group[0])
         lines = chain.from_iterable(lines_of(dataset, range(len(dataset))) for dataset in group)
-        if path.is_file() and not force and open_cache(path, settings, lines):
-            print(f"{path} is in place; --force builds it again")
-            continue
+        if path.is_file() and not force:
+            try:
+                CropCache(path, settings).check(lines)
+                print(f"{path} is in place; --force builds it again")
+                continue
+            except CacheError as error:
+                print(f"{path}: {error}; it is built again")
         made = (for_each_frame(make_record, dataset, f"cache {dataset.index_name()}") for dataset in group)
         count = write_cache(path, settings, filter(None, chain.from_iterable(made)))
         size = path.stat().st_size
