@@ -56,7 +56,7 @@ DIP_SPREAD_DEG = 4
 
 # Thumb (radial, palmar abduction, MCP, IP) and finger (MCP, PIP) states that gestures are made of, degrees.
 THUMB = {
-    "out": (46, 14, 0, 0),
+    "out": (46, 8, 0, 0),
     "side": (22, 14, 12, 10),
     "beside": (27, 13, 12, 10),
     "across": (15, 41, 18, 68),
@@ -165,6 +165,14 @@ RADII_MM = (
     (11.4, 9.4, 8.2, 7.1),
     (10.4, 8.3, 7.2, 6.3),
 )
+# A stretched palm is flat, or hollow between the balls of the thumb and of the little finger, more so in some
+# people than in others: radius of the thumb's base, and how far the balls rise out of the palm, with their
+# radii, where it is flat (first) and where it is hollow.
+THUMB_BASE_MM = (10.5, 14.4)
+BALLS_MM = ((-4.0, 2.5), (-2.5, 3.5))
+BALL_RADII_MM = ((9.0, 15.0), (9.0, 13.0))
+# Thickness of fingers and palm over what girth makes of them: the least and the largest.
+FINGER_GIRTH, PALM_GIRTH = (0.92, 1.1), (0.95, 1.15)
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
 BULGE = (0.03, 0.05, 0.03, 0.0)
 # Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.

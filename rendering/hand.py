@@ -40,6 +40,8 @@ class Hands(NamedTuple):
     forearm_mm: Tensor  # [B]
     arm_girth: Tensor  # [B] thickness of the forearm over the mean one's
     sleeve_mm: Tensor  # [B] from the wrist to where a sleeve begins; beyond the forearm there is none
+    hollow: Tensor  # [B] of the stretched palm, 0 (flat) to 1
+    flesh: Tensor  # [B, 2] thickness of fingers and palm over what girth makes of them
 
 
 class Noise:
@@ -233,11 +235,12 @@ def _length(vectors: Tensor) -> Tensor:
 def _local_spheres(hands: Hands, joints: Tensor) -> tuple[Tensor, Tensor]:
     """Return centres [B, 34, 3] in the hand frame and radii [B, 34] of the surface's spheres."""
     girth = hands.girth[:, None]
-    radii = joints.new_tensor(anatomy.RADII_MM)
+    radii = joints.new_tensor(anatomy.RADII_MM) * hands.flesh[:, :1, None]
+    radii[:, 0, 0] = _between(anatomy.THUMB_BASE_MM, hands.hollow)
     chains = joints[:, 1:].reshape(-1, 5, 4, 3)
     # The last sphere ends where the flesh does, beyond the bone; the tip joint lies inside it.
     reach = chains[:, :, 3] - chains[:, :, 2]
-    inset = (radii[:, 3] * girth - anatomy.SOFT_TIP_MM)[..., None] / _length(reach)
+    inset = (radii[..., 3] * girth - anatomy.SOFT_TIP_MM)[..., None] / _length(reach)
     ends = chains[:, :, 3] - inset * reach
     fingers = torch.cat((chains[:, :, :3], ends[:, :, None]), 2).reshape(-1, 20, 3)
     palm, palm_radii = _palm_spheres(hands, chains)
@@ -245,7 +248,7 @@ def _local_spheres(hands: Hands, joints: Tensor) -> tuple[Tensor, Tensor]:
     # Flesh between bent bones goes to the sides.
     pressed = hands.angles[:, 2:20:4].clamp(min=0)[..., None] * radii.new_tensor(anatomy.BULGE)
     sizes = (radii * (1 + pressed)).flatten(1)
-    sizes = torch.cat((sizes, palm_radii.expand(len(sizes), -1)), 1)
+    sizes = torch.cat((sizes, palm_radii), 1)
     return torch.cat((fingers, palm, arm), 1), torch.cat((sizes * girth, arm_radii), 1)
 
 
@@ -255,13 +258,24 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     girth = hands.girth[:, None]
     palmar = chains.new_tensor((0.0, 0.0, -1.0))
     closed = hands.angles[:, 4:20:4].mean(1, keepdim=True).clamp(min=0) * girth  # 1.5 for a fist
-    thenar = 0.55 * chains[:, 0, 0] + 0.45 * chains[:, 0, 1] + palmar * (2.5 * girth + 2.5 * closed)
+    rise, size = (
+        [_between(ends, hands.hollow)[:, None] for ends in pairs]
+        for pairs in (anatomy.BALLS_MM, anatomy.BALL_RADII_MM)
+    )
+    thenar = 0.55 * chains[:, 0, 0] + 0.45 * chains[:, 0, 1] + palmar * (rise[0] * girth + 2.5 * closed)
     web_thumb = 0.42 * carpal[:, 1] + 0.58 * chains[:, 1, 0] + palmar * 1.5 * girth
-    hypothenar = 0.6 * carpal[:, 4] + 0.4 * chains[:, 4, 0] + palmar * (3.5 * girth + 3 * closed)
+    hypothenar = 0.6 * carpal[:, 4] + 0.4 * chains[:, 4, 0] + palmar * (rise[1] * girth + 3 * closed)
     proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
     singles = torch.stack((carpal[:, 1], carpal[:, 4], thenar, web_thumb, hypothenar), 1)
-    return torch.cat((singles, webs), 1), chains.new_tensor((14.0, 13.0, 15.0, 9.0, 13.0, 5.5, 5.5, 5.0))
+    palm = hands.flesh[:, 1:]
+    radii = (14 * palm, 13 * palm, size[0], 9 * palm, size[1], palm * palm.new_tensor((5.5, 5.5, 5.0)))
+    return torch.cat((singles, webs), 1), torch.cat(radii, 1)
+
+
+def _between(ends: tuple, share: Tensor) -> Tensor:
+    """Return what lies at a share [B] (0..1) of the way from the first to the second of two numbers."""
+    return ends[0] + (ends[1] - ends[0]) * share
 
 
 def _forearm_spheres(hands: Hands) -> tuple[Tensor, Tensor]:
@@ -353,9 +367,10 @@ def draw_hands(noise: Noise, left_share: float = 0.0) -> Hands:
     wrist_mm = torch.zeros_like(bones_mm[:, 0, :3])
     arm_girth = girth * noise.uniform(1, 0.85, 1.2)[:, 0]
     sleeve_mm = noise.uniform(1, *SLEEVES_MM)[:, 0]
-    hands = Hands(
-        bones_mm, girth, angles, _draw_rotations(noise), wrist_mm, left, forearm, arm_girth, sleeve_mm
-    )
+    hollow = noise.uniform(1)[:, 0]
+    flesh = torch.cat([noise.uniform(1, *limits) for limits in (anatomy.FINGER_GIRTH, anatomy.PALM_GIRTH)], 1)
+    rotation, arm = _draw_rotations(noise), (forearm, arm_girth, sleeve_mm)
+    hands = Hands(bones_mm, girth, angles, rotation, wrist_mm, left, *arm, hollow, flesh)
     for _ in range(VIEW_TRIES):
         rotation = _draw_rotations(noise)
         towards = elbow_xyz(hands)[:, 2] < TOWARDS * forearm

@@ -63,7 +63,7 @@ def render_sequence(count, seed=0, poses=6, chunk=6):
     hands = hands._replace(
         **{
             field: getattr(hands, field)[:1].expand_as(getattr(hands, field))
-            for field in ("bones_mm", "girth", "forearm_mm", "arm_girth", "sleeve_mm")
+            for field in ("bones_mm", "girth", "forearm_mm", "arm_girth", "sleeve_mm", "hollow", "flesh")
         }
     )
     places = torch.tensor([-120.0, -90.0, 460.0]) + uniform[:, -3:] * torch.tensor([240.0, 180.0, 160.0])

@@ -80,6 +80,8 @@ def draw_gestures(out):
             left=torch.zeros(count).bool(),
             forearm_mm=torch.full((count,), 100.0),
             arm_girth=torch.ones(count),
+            hollow=torch.full((count,), 0.5),
+            flesh=torch.ones(count, 2),
             sleeve_mm=torch.full((count,), torch.inf),
         )
         surfaces = hand.hand_and_arm(hands)
