@@ -159,14 +159,18 @@ def _coupled(angles: Tensor, dip_offset: Tensor) -> Tensor:
 
 
 def _draw_rotations(noise: Noise) -> Tensor:
-    """Draw rotations [B, 4]: palm, or less often back, to the camera, fingers up; one in eight anything."""
+    """Draw rotations [B, 4], fingers up: palm, less often back, one in six any side to the camera; one in
+    eight anything.
+    """
     uniform = noise.uniform(3)
     a, b, c = uniform[:, 0], 2 * math.pi * uniform[:, 1], 2 * math.pi * uniform[:, 2]
     free = torch.stack(
         ((1 - a).sqrt() * b.sin(), (1 - a).sqrt() * b.cos(), a.sqrt() * c.sin(), a.sqrt() * c.cos()), -1
     )
     choice = noise.uniform(3)
-    facing = _about((0, 1, 0), math.pi * (choice[:, 0] < 0.35).to(a.dtype))
+    side = 2 * math.pi * noise.uniform(1)[:, 0]
+    back = math.pi * (choice[:, 0] < 0.45).to(a.dtype)
+    facing = _about((0, 1, 0), torch.where(choice[:, 0] < 1 / 6, side, back))
     direction = 2 * math.pi * noise.uniform(1)[:, 0]
     tilt = _about(
         (direction.cos(), direction.sin(), 0 * direction), torch.deg2rad(38 * noise.normal(1)[:, 0])

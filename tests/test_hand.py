@@ -102,7 +102,7 @@ def test_joints_lie_inside_the_flesh_where_the_finger_is():
     covered_mm = joints[..., 2] - surface
     assert covered_mm.min() > 1.5  # under the skin
     visible = covered_mm < 40  # else another finger is before it
-    assert visible.mean() > 0.8
+    assert visible.mean() > 0.75
     assert np.median(covered_mm[visible]) < 15
 
 
