@@ -86,7 +86,7 @@ FINGER = {
     "L": (70, 84),
     "H": (8, 92),
     "E": (36, 108),
-    "D": (70, 57),
+    "D": (74, 64),
     "F": (70, 12),
     "K": (46, 6),
     "P": (58, 52),
@@ -167,10 +167,10 @@ RADII_MM = (
 )
 # A stretched palm is flat, or hollow between the balls of the thumb and of the little finger, more so in some
 # people than in others: radius of the thumb's base, and how far the balls rise out of the palm, with their
-# radii, where it is flat (first) and where it is hollow.
+# radii, where it is flat and where it is hollow, and by how much more in a fist, whose fingers press on them.
 THUMB_BASE_MM = (10.5, 14.4)
-BALLS_MM = ((-4.0, 2.5), (-2.5, 3.5))
-BALL_RADII_MM = ((9.0, 15.0), (9.0, 13.0))
+BALLS_MM = ((-4.0, 2.5, 8.0), (-2.5, 3.5, 14.0))
+BALL_RADII_MM = ((9.0, 15.0, 2.0), (9.0, 13.0, 3.0))
 # Thickness of fingers and palm over what girth makes of them: the least and the largest.
 FINGER_GIRTH, PALM_GIRTH = (0.92, 1.1), (0.95, 1.15)
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
@@ -194,7 +194,8 @@ HAND_WEDGES = (
     (0, PALM_INDEX, WEB_THUMB),
     (THENAR, 1, WEB_THUMB),
     (16, HYPOTHENAR, PALM_LITTLE),
-    (THENAR, HYPOTHENAR, PALM_LITTLE),
+    (THENAR, PALM_INDEX, WRIST_R),
+    (HYPOTHENAR, PALM_LITTLE, WRIST_U),
     (THENAR, PALM_INDEX, PALM_LITTLE),
     (PALM_INDEX, PALM_LITTLE, WRIST_R),
     (PALM_LITTLE, WRIST_R, WRIST_U),

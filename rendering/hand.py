@@ -261,14 +261,15 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     carpal = _carpus(hands.bones_mm)
     girth = hands.girth[:, None]
     palmar = chains.new_tensor((0.0, 0.0, -1.0))
-    closed = hands.angles[:, 4:20:4].mean(1, keepdim=True).clamp(min=0) * girth  # 1.5 for a fist
+    closed = (hands.angles[:, 4:20:4].mean(1) / math.radians(85)).clamp(0, 1)  # 1 for a fist
+    hollow = torch.maximum(hands.hollow, closed)
     rise, size = (
-        [_between(ends, hands.hollow)[:, None] for ends in pairs]
+        [(_between(ends, hollow) + ends[2] * closed)[:, None] for ends in pairs]
         for pairs in (anatomy.BALLS_MM, anatomy.BALL_RADII_MM)
     )
-    thenar = 0.55 * chains[:, 0, 0] + 0.45 * chains[:, 0, 1] + palmar * (rise[0] * girth + 2.5 * closed)
+    thenar = 0.55 * chains[:, 0, 0] + 0.45 * chains[:, 0, 1] + palmar * rise[0] * girth
     web_thumb = 0.42 * carpal[:, 1] + 0.58 * chains[:, 1, 0] + palmar * 1.5 * girth
-    hypothenar = 0.6 * carpal[:, 4] + 0.4 * chains[:, 4, 0] + palmar * (rise[1] * girth + 3 * closed)
+    hypothenar = 0.6 * carpal[:, 4] + 0.4 * chains[:, 4, 0] + palmar * rise[1] * girth
     proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
     singles = torch.stack((carpal[:, 1], carpal[:, 4], thenar, web_thumb, hypothenar), 1)

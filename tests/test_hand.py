@@ -184,6 +184,31 @@ def test_a_sleeve_makes_the_arm_thicker_from_where_it_begins():
     assert float(places.mean(0).norm()) == pytest.approx(60, abs=0.1)
 
 
+def test_palms_are_flat_or_hollow_and_fingers_and_palms_of_their_own_thickness():
+    angles = hand.gesture_angles(torch.zeros(1))[[list(anatomy.GESTURES).index("open")]].expand(2, 22)
+    hands = hands_of(1)
+    hands = type(hands)(*(field.expand(2, *field.shape[1:]) for field in hands))
+    hands = hands._replace(angles=angles, hollow=torch.tensor([0.0, 1.0]), flesh=torch.ones(2, 2))
+
+    def front(hands, sphere):
+        centres, radii = hand._local_spheres(hands, hand._local_joints(hands.bones_mm, hands.angles))
+        return centres[:, sphere, 2] - radii[:, sphere]
+
+    palm = front(hands, anatomy.PALM_INDEX)
+    for ball in (anatomy.THENAR, anatomy.HYPOTHENAR):
+        flat, hollow = (palm - front(hands, ball)).tolist()
+        assert hollow - flat > 5 and flat < 10
+    for which, sphere in enumerate((8, anatomy.PALM_LITTLE)):
+        thicker = hands._replace(flesh=torch.ones(2, 2).index_fill(1, torch.tensor(which), 1.1))
+        assert (front(hands, sphere) - front(thicker, sphere) > 0.5).all()
+        other = (anatomy.PALM_LITTLE, 8)[which]
+        assert torch.equal(front(hands, other), front(thicker, other))
+    drawn = hands_of(1000)
+    assert drawn.hollow.min() < 0.05 and drawn.hollow.max() > 0.95
+    for limits, thickness in zip((anatomy.FINGER_GIRTH, anatomy.PALM_GIRTH), drawn.flesh.unbind(1)):
+        assert limits[0] <= thickness.min() < thickness.max() <= limits[1]
+
+
 def test_most_hands_face_the_camera_with_the_palm_or_less_often_the_back():
     _, x, y, _ = hands_of(1000).rotation.unbind(1)
     facing = 1 - 2 * (x * x + y * y)  # cosine between the way the hand's back looks and the camera's view
