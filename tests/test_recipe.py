@@ -21,7 +21,7 @@ from utils import Stopped, UserError
 
 STRONG = (
     "--alpha 0.5 --coordinates_from 2 --coordinate_loss smooth_l1 --lr_schedule cosine --warmup_epochs 0.5 "
-    "--ema 0.8 --rotation_deg 180 --shift_mm 10 --erasing 0.5 --depth_noise 2 --relief 0.5"
+    "--ema 0.8 --rotation_deg 180 --shift_mm 10 --erasing 0.5 --depth_noise 2"
 ).split()
 
 

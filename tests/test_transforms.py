@@ -340,27 +340,8 @@ def test_noise_has_its_size_its_seed_and_leaves_what_was_not_measured():
     assert (noisy != augment_image(image, Augmentation(noise=(3.0, 8)))).any()
 
 
-def test_relief_is_made_weaker_or_stronger_and_nothing_measured_where_nothing_was():
-    """A bump of 4 mm on a plane becomes flatter, or twice as high; the plane and its edge stay."""
-    rows, columns = np.mgrid[:64, :64]
-    bump = 4 * np.exp(-((rows - 32) ** 2 + (columns - 32) ** 2) / (2 * 3**2))
-    image = np.where(columns < 56, 20 - bump, 0).astype(np.float32)
-    height = {}
-    for gain in (0.0, 1.0, 2.0):
-        changed = augment_image(frozen(image), Augmentation(relief=gain))
-        assert changed.dtype == np.float32 and not changed[:, 56:].any()
-        np.testing.assert_allclose(changed[:8, :48], 20, atol=0.05)
-        height[gain] = 20 - changed[32, 32]
-    assert height[1.0] == 4 and height[0.0] < 2 and height[2.0] > 6
-    step = np.where(rows < 32, 20, 90).astype(np.float32)  # another surface is no relief
-    assert np.abs(augment_image(step, Augmentation(relief=2.0)) - step).max() <= 10
-
-
-@pytest.mark.parametrize(
-    "augmentation",
-    [Augmentation(erased=(0, 0, 1, 1)), Augmentation(noise=(9.0, 1)), Augmentation(relief=2.0)],
-)
-def test_erasing_noise_and_relief_leave_labels_alone(augmentation):
+@pytest.mark.parametrize("augmentation", [Augmentation(erased=(0, 0, 1, 1)), Augmentation(noise=(9.0, 1))])
+def test_erasing_and_noise_leave_labels_alone(augmentation):
     uvd = np.random.default_rng(0).normal(size=(21, 3))
     np.testing.assert_array_equal(augment_joints(uvd, augmentation), uvd)
 
@@ -368,8 +349,7 @@ def test_erasing_noise_and_relief_leave_labels_alone(augmentation):
 def test_parts_beyond_the_published_ones_are_off_and_leave_their_draws_alone():
     plain = draw_augmentation(random.Random(1))
     assert plain.shift_mm == (0, 0, 0) and plain.erased is None and plain.noise == (0, 0)
-    assert plain.relief == 1
-    more = dict(rotation_deg=180, shift_mm=20, erasing=1, noise_mm=2, relief=0.5)
+    more = dict(rotation_deg=180, shift_mm=20, erasing=1, noise_mm=2)
     strong = [draw_augmentation(random.Random(seed), **more) for seed in range(300)]
     assert strong[1][1:4] == plain[1:4] and strong[1].angle_deg == pytest.approx(6 * plain.angle_deg)
     assert 170 < max(one.angle_deg for one in strong) <= 180
@@ -378,7 +358,5 @@ def test_parts_beyond_the_published_ones_are_off_and_leave_their_draws_alone():
     left, top, width, height = np.array([one.erased for one in strong]).T
     assert min(left.min(), top.min()) >= 0 and max((left + width).max(), (top + height).max()) <= 1
     assert len({one.noise for one in strong}) == 300 and strong[0].noise[0] == 2
-    gains = [one.relief for one in strong]
-    assert 0.5 <= min(gains) < 0.52 and 1.48 < max(gains) <= 1.5
     some = [draw_augmentation(random.Random(seed), erasing=0.3).erased for seed in range(1000)]
     assert sum(erased is not None for erased in some) == pytest.approx(300, abs=60)
