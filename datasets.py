@@ -29,8 +29,8 @@ class HandDataset(Dataset):
     the sizes of crop and maps (px), `cube_size` half the edge of the hand's cube (mm), `dataset`
     the split, `process_mode` `uvd` (centre file) or `bb` (bounding box; HAND17's test split).
     `test_only` drops the labels; `targets=False` leaves heatmaps and depthmaps empty, for a caller
-    that makes them with `model.spatial_form`. `rotation_deg, shift_mm, erasing, noise_mm, relief`
-    are what `draw_augmentation` takes. `lines` replaces the index file. `use_cache=False`
+    that makes them with `model.spatial_form`. `rotation_deg, shift_mm, erasing, noise_mm` are what
+    `draw_augmentation` takes. `lines` replaces the index file. `use_cache=False`
     reads the frames' files also where a crop cache (frames/cache.py) lies beside the index.
 
     Opens index and cache and no image. Raises UserError where the index is missing.
@@ -73,7 +73,6 @@ class HandDataset(Dataset):
         shift_mm=0.0,
         erasing=0.0,
         noise_mm=0.0,
-        relief=0.0,
         cube_size=None,
         joint_number=None,
         dataset="train",
@@ -97,7 +96,7 @@ class HandDataset(Dataset):
         self.sizes = dict(image_size=image_size, label_size=label_size)
         self.test_only, self.targets = test_only, targets
         using = dict(rotation=using_rotation, scale=using_scale, shift=using_shift, flip=using_flip)
-        more = dict(shift_mm=shift_mm, erasing=erasing, noise_mm=noise_mm, relief=relief)
+        more = dict(shift_mm=shift_mm, erasing=erasing, noise_mm=noise_mm)
         self.augments = any(using.values()) or any(more.values())
         self.drawn = {part: bool(on) for part, on in using.items()} | more | {"rotation_deg": rotation_deg}
         self.cube_mm = float(self.cube_mm if cube_size is None else cube_size)

@@ -31,7 +31,7 @@ RANGES = (
         "rotation_deg shift_mm depth_noise coordinates_from warmup_epochs",
     ),
     (f"0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "alpha erasing relief"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "alpha erasing"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "holdout beta1 beta2 ema"),
 )
 
@@ -129,7 +129,6 @@ def _add_samples(parser):
     add("--shift_mm", type=float, default=0.0, help="also shift the centre by up to this along x, y, z, mm")
     add("--erasing", type=float, default=0.0, help="share of crops that lose a rectangle, 0 to 1")
     add("--depth_noise", type=float, default=0.0, help="standard deviation of added noise, mm")
-    add("--relief", type=float, default=0.0, help="make relief weaker or stronger by up to this, 0 to 1")
     instead = "validate on this last share of train instead of val (which is test data in NYU, ICVL, MSRA)"
     add("--holdout", type=float, default=0.0, help=instead)
 

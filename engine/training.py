@@ -52,8 +52,7 @@ def open_splits(args):
         options["subject"] = args.subject
     using = {name: getattr(args, name) for name in vars(args) if name.startswith("using_")}
     more = dict(rotation_deg=args.rotation_deg, shift_mm=args.shift_mm, erasing=args.erasing)
-    more |= dict(noise_mm=args.depth_noise, relief=args.relief)
-    train = cls(dataset="train", **options, **using, **more)
+    train = cls(dataset="train", **options, **using, **more, noise_mm=args.depth_noise)
     if not args.holdout:
         val = cls(dataset="val", **options)
         return train, np.arange(len(train)), val, np.arange(len(val))

@@ -11,10 +11,6 @@ ROTATION_DEG = 30.0
 SCALE_RANGE = (0.8, 1.2)
 ERASED_EDGE = (0.1, 0.4)  # of an erased rectangle, over the crop's
 
-# A crop's relief is what a fine and a coarse Gaussian mean differ by (their sigmas over its edge: 5 and 21 mm
-# of 300), at most so much.
-RELIEF_SIGMAS, MOST_RELIEF_MM = (1 / 60, 1 / 14), 10.0
-
 # A hand so near that its crop exceeds this is a wrong centre, and would not fit in memory.
 MAX_BOX_PX = 4096
 
@@ -71,8 +67,7 @@ class Augmentation(NamedTuple):
     """One explicit augmentation: rotation in degrees, scale, shift of the centre in px, mirror.
 
     Beyond the published ones: shift of the centre in mm (x, y, z), the rectangle that is emptied (left, top,
-    width, height over the crop's edge, or None), noise on what was measured (standard deviation in mm, seed),
-    what relief is multiplied by.
+    width, height over the crop's edge, or None), noise on what was measured (standard deviation in mm, seed).
     """
 
     angle_deg: float = 0.0
@@ -82,7 +77,6 @@ class Augmentation(NamedTuple):
     shift_mm: tuple = (0.0, 0.0, 0.0)
     erased: tuple | None = None
     noise: tuple = (0.0, 0)
-    relief: float = 1.0
 
 
 def xyz2uvd(xyz, camera):
@@ -181,18 +175,15 @@ def draw_augmentation(
     shift_mm=0.0,
     erasing=0.0,
     noise_mm=0.0,
-    relief=0.0,
 ):
     """Draw one Augmentation from `rng`, which has `random()`; a part that is off stays neutral.
 
     `rotation_deg` is the largest angle, `shift_mm` the largest shift of the centre along each axis, `erasing`
-    the share of crops that lose a rectangle, `noise_mm` the noise's standard deviation, `relief` by how much
-    the relief becomes stronger or weaker at most.
+    the share of crops that lose a rectangle, `noise_mm` the noise's standard deviation.
     Every part consumes its draws also when off, so that switching one leaves the others alike.
     """
     angle, factor, shift_u, shift_v, mirrored = (rng.random() for _ in range(5))
     *shift_xyz, erased, width, height, left, top, seed = (rng.random() for _ in range(9))
-    gain = 1 + relief * (2 * rng.random() - 1)
     smallest, largest = SCALE_RANGE
     edges = [ERASED_EDGE[0] + (ERASED_EDGE[1] - ERASED_EDGE[0]) * edge for edge in (width, height)]
     corner = [place * (1 - edge) for place, edge in zip((left, top), edges)]
@@ -204,14 +195,13 @@ def draw_augmentation(
         tuple(shift_mm * (2 * part - 1) for part in shift_xyz) if shift_mm else (0.0, 0.0, 0.0),
         (*corner, *edges) if erased < erasing else None,
         (noise_mm, int(seed * 2**32)) if noise_mm else (0.0, 0),
-        gain,
     )
 
 
 def augment_image(image, augmentation):
     """Mirror, turn and scale a crop [S, S] about pixel (S // 2, S // 2); relative depths scale too.
 
-    Then relief is made stronger or weaker, noise added and a rectangle emptied. The depths are in mm.
+    Then a rectangle is emptied and noise added. The depths are in mm.
     """
     if augmentation.flip:
         image = np.ascontiguousarray(image[:, ::-1])
@@ -221,8 +211,6 @@ def augment_image(image, augmentation):
         image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR) * np.float32(
             augmentation.scale
         )
-    if augmentation.relief != 1:
-        image = image + np.float32(augmentation.relief - 1) * relief_mm(image)
     if augmentation.noise[0]:
         noise = np.random.default_rng(augmentation.noise[1]).standard_normal(image.shape, np.float32)
         image = image + noise * np.float32(augmentation.noise[0]) * (image != 0)
@@ -231,17 +219,6 @@ def augment_image(image, augmentation):
         image = image.copy()
         image[top : top + height, left : left + width] = 0
     return image
-
-
-def relief_mm(image):
-    """Return by how far each measured pixel of a crop [S, S], mm, lies behind its surroundings; else 0."""
-    measured = (image != 0).astype(np.float32)
-    fine, coarse = (
-        cv2.GaussianBlur(image, (0, 0), share * len(image))
-        / np.maximum(cv2.GaussianBlur(measured, (0, 0), share * len(image)), np.float32(1e-3))
-        for share in RELIEF_SIGMAS
-    )
-    return np.clip(fine - coarse, -MOST_RELIEF_MM, MOST_RELIEF_MM) * measured
 
 
 def augment_joints(uvd, augmentation):
