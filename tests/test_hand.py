@@ -91,18 +91,18 @@ def test_a_wedge_is_the_hull_of_its_spheres():
 
 
 def test_joints_lie_inside_the_flesh_where_the_finger_is():
-    hands = hands_of(40)
+    hands = hands_of(200)
     camera = torch.tensor([400.0, 410.0, 150, 150])
     depth = render_depth(hand_and_arm(hands)[0], camera, (300, 300)).numpy()
     joints = joints_xyz(hands).numpy()
     u = np.rint(joints[..., 0] / joints[..., 2] * 400 + 150).astype(int)
     v = np.rint(joints[..., 1] / joints[..., 2] * 410 + 150).astype(int)
-    surface = depth[np.arange(40)[:, None], v, u]
+    surface = depth[np.arange(200)[:, None], v, u]
     assert np.isfinite(surface).all()  # a joint's pixel shows the hand
     covered_mm = joints[..., 2] - surface
     assert covered_mm.min() > 1.5  # under the skin
     visible = covered_mm < 40  # else another finger is before it
-    assert visible.mean() > 0.75
+    assert visible.mean() > 0.8
     assert np.median(covered_mm[visible]) < 15
 
 
