@@ -24,7 +24,7 @@ from frames.cache import CacheError, CropCache, lines_of, make_record, settings_
 from frames.centers import computed_name, known_centers
 from frames.files import FrameError, LineFile
 from frames.handfinder import find_center, load_judge
-from utils import UserError, one_line, run, start_worker, usable_cores, write_lines
+from utils import HelpFormatter, UserError, one_line, run, start_worker, usable_cores, write_lines
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
 HAND17_TRAIN_SHARE = 0.95
@@ -363,8 +363,10 @@ def _cache_groups(name, root):
 
 def main():
     """Parse the command line and build the index, and the crop cache where asked for."""
-    parser = argparse.ArgumentParser(description="Validate a data set and write its index files.")
-    parser.add_argument("--dataset", choices=DATASETS, default="NYU")
+    parser = argparse.ArgumentParser(
+        description="Validate a data set and write its index files.", formatter_class=HelpFormatter
+    )
+    parser.add_argument("--dataset", choices=DATASETS, default="NYU", help="data set")
     parser.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
     parser.add_argument("--force", action="store_true", help="build again what is in place")
     parser.add_argument("--cache", action="store_true", help="also write the hands alone: they load faster")

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import utils  # first: torch reads the threads' settings when it is imported
 from rendering.layouts import FEWEST, SPLITS, write_dataset
-from utils import UserError, usable_cores
+from utils import HelpFormatter, UserError, usable_cores
 
 
 def main() -> None:
     """Write the data set that the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--layout", choices=[*FEWEST], required=True, help="whose on-disk layout and camera")
     parser.add_argument("--train", type=int, default=2000, help="training frames")
     parser.add_argument("--test", type=int, default=200, help="test frames")

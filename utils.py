@@ -1,5 +1,6 @@
-"""Errors, atomic files, signals and cores, shared by all scripts."""
+"""Errors, help, atomic files, signals and cores, shared by all scripts."""
 
+import argparse
 import errno
 import os
 import shlex
@@ -35,6 +36,14 @@ class Stopped(Exception):
     def __init__(self, message, status):
         super().__init__(message)
         self.status = status
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keep a description's lines, and name the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        unset = action.default in (None, [], argparse.SUPPRESS) or action.default is False
+        return action.help if unset or "default" in action.help else super()._get_help_string(action)
 
 
 def run(main):

@@ -11,7 +11,7 @@ import yaml
 from datasets import DATASETS, MSRADataset
 from frames.cameras import PRESETS, parse_camera, split_numbers
 from model import COORDINATE_LOSSES
-from utils import UserError, one_line, usable_cores
+from utils import HelpFormatter, UserError, one_line, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
 DEVICES = ("auto", "cpu", "cuda")
@@ -42,7 +42,7 @@ def parse_train(description, argv=None, subject=False):
     Defaults may come from `--config FILE.yml`; the command line wins over them.
     Raises UserError for an unreadable configuration or a value out of range.
     """
-    parser = argparse.ArgumentParser(usage=USAGE, description=description)
+    parser = argparse.ArgumentParser(usage=USAGE, description=description, formatter_class=HelpFormatter)
     _add_data(parser, subject)
     _add_samples(parser)
     _add_network(parser)
@@ -61,8 +61,9 @@ def parse_test(description, argv=None, subject=False):
     parser = argparse.ArgumentParser(
         usage=USAGE,
         description=description,
-        epilog="Exit status: 0 every frame has joints, 3 some were refused (zeros in the result file, left "
-        "out of the errors), 1 all were, or something else is wrong.",
+        formatter_class=HelpFormatter,
+        epilog="Exit status: 0 every frame has joints, 3 some were refused (zeros in the result file,\n"
+        "left out of the errors), 1 all were, or something else is wrong.",
     )
     _add_data(parser, subject)
     add = parser.add_argument
@@ -77,7 +78,8 @@ def parse_predict(argv=None):
     parser = argparse.ArgumentParser(
         usage="%(prog)s INPUT [INPUT ...] --camera CAMERA [options]",
         description="Find the hand in depth frames and predict its joints.",
-        epilog="Exit status: 0 every frame has joints, 3 some have none (predictions.jsonl says why), "
+        formatter_class=HelpFormatter,
+        epilog="Exit status: 0 every frame has joints, 3 some have none (predictions.jsonl says why),\n"
         "1 none has, or the model or a folder cannot be used, 2 wrong options.",
     )
     _add_frames(parser)
@@ -108,12 +110,13 @@ def _add_data(parser, subject):
         add("--subject", type=_number_or_text, choices=subjects, default=0, help="held-out subject, or all")
         parser.set_defaults(dataset="MSRA")
     else:
-        add("--dataset", choices=[name for name in DATASETS if name != "MSRA"], default="NYU")
+        names = [name for name in DATASETS if name != "MSRA"]
+        add("--dataset", choices=names, default="NYU", help="data set")
     add("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
     add("--batch_size", type=int, default=32, help="frames a step, of all processes together")
     cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     add("--num_workers", type=int, default=cores, help="loading processes, at most one a core (the default)")
-    add("--device", choices=DEVICES, default="auto")
+    add("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one")
     add("--gpu_id", type=int, default=0, help="which GPU")
 
 
@@ -201,7 +204,7 @@ def _add_model(parser):
     add("--model", type=Path, help="checkpoint (default: the one that comes with this code)")
     add("--joints", choices=DATASETS, help="data set whose joints it predicts (default: the checkpoint's)")
     add("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
-    add("--device", choices=DEVICES, default="auto")
+    add("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one")
 
 
 def _add_hand(parser):
@@ -217,7 +220,7 @@ def _add_hand(parser):
 
 def _add_output(parser):
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=Path, default=Path("Result/predict"), help="folder (default: %(default)s)")
+    add("--out", type=Path, default=Path("Result/predict"), help="folder")
     pictures = "overlays and film; without, a sequence goes faster"
     add("--pictures", action=argparse.BooleanOptionalAction, default=True, help=pictures)
     add("--plot3d", action="store_true", help="also picture the points from two sides")

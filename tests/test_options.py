@@ -94,6 +94,15 @@ def test_impossible_choice_ends_with_the_usage(text, capsys):
     assert ending.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+def test_help_names_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_train("Train.", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("data set (default: NYU)", "blur, px (default: 7)", "0 draws one (default: 0)"):
+        assert words in text
+    assert "default: None" not in text and "default: False" not in text
+
+
 # YAML
 
 

@@ -40,7 +40,7 @@ from frames.samples import Sample
 from model import spatial_form
 from rendering.layouts import write_dataset
 from tools.export import make_crops
-from utils import atomic_path, run, usable_cores
+from utils import HelpFormatter, atomic_path, run, usable_cores
 
 JOINTS = 21
 FRAMES = 16  # of each rendered data set; looped over, so that they are in the page cache
@@ -257,15 +257,18 @@ def machine(device):
 
 def parse(argv=None):
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Time every part of the work, from index to inference.")
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser = argparse.ArgumentParser(
+        description="Time every part of the work, from index to inference.", formatter_class=HelpFormatter
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument(
         "--data", type=_folder, action="append", default=[], metavar="NAME=DIR", help="a data set with index"
     )
     parser.add_argument("--frames", type=int, default=FRAMES, help="training frames of a rendered data set")
     parser.add_argument("--repeats", type=int, default=20, help="measurements of a row, each after a warm-up")
-    parser.add_argument("--parts", nargs="+", choices=("loading", "network"), default=["loading", "network"])
+    parts = ("loading", "network")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts], help="of the work")
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="of the training step"
     )

@@ -29,7 +29,7 @@ from frames.files import FrameError
 from frames.samples import UnlabelledSample, prepare_crop
 from frames.transforms import Frame, recover_uvd, uvd2xyz, window_around
 from rendering.layouts import render_frames
-from utils import UserError, atomic_path, run
+from utils import HelpFormatter, UserError, atomic_path, run
 
 OPSET = 18
 TIMED_RUNS = 10
@@ -168,11 +168,10 @@ def call_ms(call, inputs):
 
 def parse(argv=None):
     """Parse the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint")
-    parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx")
-    parser.add_argument("--batch", default="dynamic", help="a fixed batch size, or dynamic (default)")
+    parser.add_argument("--format", choices=("onnx", "pt2"), default="onnx", help="what to write")
+    parser.add_argument("--batch", default="dynamic", help="a fixed batch size, or dynamic")
     parser.add_argument("--joints", choices=DATASETS, help="whose joints the model predicts")
     parser.add_argument(
         "--data_dir", type=Path, help="data set to check with (default: Data/<joints> or rendered)"

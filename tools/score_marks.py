@@ -25,7 +25,7 @@ from frames.cameras import DepthCamera, parse_camera, read_depth
 from frames.transforms import Camera, uvd2xyz
 from predict import HandPoseEstimator
 from prediction.output import finger_chains
-from utils import UserError, run
+from utils import HelpFormatter, UserError, run
 
 # In the order of `finger_chains`, whose last joints are the fingertips.
 FINGERS = ("thumb", "index", "middle", "ring", "pinky")
@@ -185,8 +185,7 @@ def summary(scores, marked, columns):
 
 def main(argv=None):
     """Score every set; return 0 where a hand was found in each."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--marks", type=Path, nargs="+", required=True, help="JSON files with their frames beside them"
     )
@@ -194,7 +193,7 @@ def main(argv=None):
     parser.add_argument(
         "--at_marks", action="store_true", help="take the marks' middle for the hand's, instead of finding it"
     )
-    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one")
     args = parser.parse_args(argv)
     found = []
     for path in args.marks:

@@ -20,7 +20,7 @@ from evaluate import match_names, read_frames
 from frames.drawing import draw_crop, write_picture
 from frames.files import FrameError
 from frames.transforms import joints_to_crop
-from utils import UserError, run
+from utils import HelpFormatter, UserError, run
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 TILE_PX = 192
@@ -50,9 +50,11 @@ def main(argv=None):
 
 def parse(argv=None):
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Write contact sheets of a data set and of predictions.")
-    parser.add_argument("--dataset", choices=DATASETS, required=True)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="train")
+    parser = argparse.ArgumentParser(
+        description="Write contact sheets of a data set and of predictions.", formatter_class=HelpFormatter
+    )
+    parser.add_argument("--dataset", choices=DATASETS, required=True, help="data set")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="which index")
     parser.add_argument("--subject", type=int, help="held-out subject of MSRA (default: 0)")
     parser.add_argument("--data_dir", type=Path, help="the data set's own folder (default: Data/<dataset>)")
     parser.add_argument("--index", type=int, nargs="+", help="frames, by their line in the index, from 0")

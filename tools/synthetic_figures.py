@@ -21,7 +21,7 @@ from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
 from rendering.sensor import SENSORS, measure
 from rendering.surface import render_depth
 from tools.show import contact_sheet
-from utils import UserError, atomic_path, run
+from utils import HelpFormatter, UserError, atomic_path, run
 
 # Frames whose views look like the real ones beside them.
 RENDERED = [("NYU", 2), ("SR305", 23), ("SR305", 20), ("SR305", 13), ("SR305", 24)]
@@ -125,7 +125,9 @@ def draw_angles(out):
 
 def main():
     """Read the command line and draw."""
-    parser = argparse.ArgumentParser(description="Draw the pictures of docs/synthetic.")
+    parser = argparse.ArgumentParser(
+        description="Draw the pictures of docs/synthetic.", formatter_class=HelpFormatter
+    )
     parser.add_argument(
         "--real", type=Path, help="folder with nyu/ and sr305/; without it no real_and_rendered.png"
     )

@@ -30,7 +30,7 @@ from rendering.hand import Noise, draw_hands, gesture_angles, limits_rad, move_t
 from rendering.layouts import process_map
 from rendering.scene import SCENE_COLUMNS, add_background, render_scene
 from rendering.sensor import SENSORS, measure
-from utils import UserError, run, usable_cores
+from utils import HelpFormatter, UserError, run, usable_cores
 
 PLACES, NEAR_PLACES = 12, 5  # of a frame: surfaces, and random places around the hand
 HAND_MM, NO_HAND_MM = 60.0, 85.0  # a place nearer to the middle than this is a hand, one farther is not
@@ -240,12 +240,14 @@ def fit(network, crops, ways_mm, epochs):
 
 def main(argv=None):
     """Render, train and write as the command line says."""
-    parser = argparse.ArgumentParser(description="Train the network that finds hands on rendered frames.")
+    parser = argparse.ArgumentParser(
+        description="Train the network that finds hands on rendered frames.", formatter_class=HelpFormatter
+    )
     parser.add_argument("--frames", type=int, default=8000, help="of each sensor")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=12, help="to train")
+    parser.add_argument("--seed", type=int, default=0, help="of frames and weights")
     parser.add_argument("--init", type=Path, help="begin with this file's weights (default: new ones)")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="file to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="file to write")
     args = parser.parse_args(argv)
     if args.frames < 100 or args.epochs < 1:
         raise UserError("--frames must be 100 or more, --epochs 1 or more")
