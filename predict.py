@@ -35,8 +35,8 @@ def main(argv=None):
     how = dict(joints=args.joints, cube_mm=args.cube, hand=args.hand, device=args.device)
     estimator = HandPoseEstimator(args.model, args.camera.camera, frames=total, **how)
     limit_threads(estimator.network)
-    pictures = args.pictures, args.video if total > 1 else "none", args.plot3d
-    with PredictionWriter(args.out, estimator, args.camera, sequences, *pictures) as writer:
+    what = dict(pictures=args.pictures, video=args.video if total > 1 else "none", plot3d=args.plot3d)
+    with PredictionWriter(args.out, estimator, args.camera, sequences, **what) as writer:
         good = predict_all(estimator, args.camera, sequences, (args.center, args.bbox), writer)
     if good == total:
         return 0

@@ -6,12 +6,12 @@ because its folds share them. A frame is found by a hash of its index line witho
 is not trusted, so a cache serves every split, moves with its data set, and an index with other
 labels does not find it.
 
-`train.cache` holds the records, one after the other: `record_type`, then the depths of the pixels inside
-the cube, which no augmentation moves, row by row, uint16 where they are whole mm and else float32.
-`train.cache.npy` is written after it and holds two NumPy arrays: the settings as JSON, and INDEX_TYPE
-sorted by key. Damage in either shows in a record's checksum. A record also holds its file's size and time
-of change: a frame that changed since is read from its file. Some frames are compared when a cache is
-opened already, so that one of another data set is not used at all.
+`train.cache` holds the records, one after the other: `record_type`, then the depths of the smallest
+rectangle around the pixels inside the cube (where no augmentation has moved it), row by row, uint16 where
+they are whole mm and else float32. `train.cache.npy` is written after it and holds two NumPy arrays: the
+settings as JSON, and INDEX_TYPE sorted by key. Damage in either shows in a record's checksum. A record
+also holds its file's size and time of change: a frame that changed since is read from its file. Some
+frames are compared when a cache is opened already, so that one of another data set is not used at all.
 """
 
 import json
@@ -74,9 +74,9 @@ def index_path(path):
 
 
 def file_stamp(path):
-    """Return a file's size in bytes and time of change in whole seconds, which archives keep."""
+    """Return a file's size in bytes and time of change in whole seconds from 1970, which archives keep."""
     status = os.stat(path)
-    return status.st_size, int(status.st_mtime)
+    return status.st_size, max(0, int(status.st_mtime))
 
 
 def has_changed(path, stamp):

@@ -80,9 +80,23 @@ WORDS = {
         *"header distortion_model R r P p rectification_matrix projection_matrix camera_name".split(),
         *"class_name version_major version_minor extrinsic name serial device_name serial_number".split(),
         *"color_format depth_format fps stream_length_usec".split(),
+        *"calibration_time nframes board_width board_height square_size aspectRatio flags".split(),
+        *"avg_reprojection_error per_view_reprojection_errors extrinsic_parameters".split(),
+        *"image_points grid_points".split(),
     ),
 }
 MEANINGS = {word: meaning for meaning, words in WORDS.items() for word in words}
+
+
+class OutOfReachError(ValueError):
+    """The depths of a picture cannot show a hand, in this unit at least."""
+
+
+class CameraLoader(yaml.SafeLoader):
+    """YAML that may hold OpenCV's matrices, which become the dicts that they are written as."""
+
+
+CameraLoader.add_constructor("tag:yaml.org,2002:opencv-matrix", yaml.SafeLoader.construct_yaml_map)
 
 
 def parse_camera(text):
@@ -124,7 +138,7 @@ def _load(path):
         if path.suffix.lower() == ".jsonl":
             text = text.partition("\n")[0]
         is_json = path.suffix.lower() in (".json", ".jsonl")  # which may be indented by tabs, unlike YAML
-        content = json.loads(text) if is_json else next(yaml.safe_load_all(text), None)
+        content = json.loads(text) if is_json else next(yaml.load_all(text, CameraLoader), None)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--camera {path} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict):
@@ -256,7 +270,8 @@ def check_depth(depth, unit_mm=1.0, size_px=None):
     """Return a depth picture [H, W] in mm: uint16 as it is, or float32. Never writes to its input.
 
     NaN and infinities mean "not measured" and become 0. Raises ValueError where it is no depth picture, not
-    of `size_px` (width, height), or holds depths that are negative or in another unit or byte order.
+    of `size_px` (width, height), or holds depths that are negative; OutOfReachError where they cannot show a
+    hand, as in another unit or byte order.
     """
     depth = np.asarray(depth)
     if depth.ndim != 2 or depth.dtype.kind not in "uif" or depth.dtype.itemsize < 2 or 0 in depth.shape:
@@ -271,7 +286,7 @@ def check_depth(depth, unit_mm=1.0, size_px=None):
 
 
 def _check_range(depth, unit_mm):
-    """Raise ValueError where stored depths [H, W] cannot show a hand; it names the unit that would fit."""
+    """Raise OutOfReachError where stored depths [H, W] cannot show a hand, and name the unit that would."""
     some = depth[::4, ::4]  # enough to tell mm from metres
     stored = some[(some > 0) & np.isfinite(some) & (some != SATURATED)]
     if len(stored) == 0:
@@ -287,7 +302,7 @@ def _check_range(depth, unit_mm):
     better = next((f"--depth_unit {unit:g} would fit" for unit in UNITS_MM if fits(unit)), None)
     if _bytes_are_swapped(depth):
         where, better = "rough", "the two bytes of each number seem to be swapped"
-    raise ValueError(
+    raise OutOfReachError(
         f"the stored depths, median {middle:g}, nearest {near:g}, each {unit_mm:g} mm, are too {where} for "
         f"a hand: {better or 'check unit and byte order'}"
     )
@@ -331,7 +346,10 @@ def _read_png(path, depth_camera):
 def _read_tiff(path, depth_camera):
     data = read_bytes(path)
     image = decode_picture(path, data)
-    pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[1]
+    try:
+        pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)[1]
+    except cv2.error:
+        raise FrameError(path, "a picture after its first does not decode") from None
     if len(pages) > 1:
         raise FrameError(path, f"it holds {len(pages)} pictures: save each as a file of its own")
     return _require_depth(path, image)

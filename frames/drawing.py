@@ -27,7 +27,7 @@ def colour_depth(image):
 def draw_skeleton(picture, joints_px, chains):
     """Draw finger chains over an RGB picture, in place; joints_px is [J, 2], (column, row).
 
-    Joints that are not finite are drawn in a corner.
+    Joints that are NaN are drawn in a corner, infinite ones nowhere.
     """
     joints_px = np.clip(np.nan_to_num(joints_px), -1e4, 1e4)
     points = [tuple(int(c) for c in point) for point in np.round(joints_px * 16)]

@@ -96,11 +96,12 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
     picture, hints = coarse_picture(frame, camera), np.zeros((0, 3))
     if not picture.radius_mm.any():
         raise ValueError("the frame is empty")
+    hint_uvd = near_uvd
     if bbox is not None:
         bbox = np.asarray(bbox, np.float64)
-        hints = uvd2xyz([center_of_mass(cut_bounding_box(frame, bbox))], camera)
-    elif near_uvd is not None:
-        hints = uvd2xyz([near_uvd], camera)
+        hint_uvd = center_of_mass(cut_bounding_box(frame, bbox))
+    if hint_uvd is not None:
+        hints = uvd2xyz(np.maximum([hint_uvd], (-np.inf, -np.inf, LEAST_DEPTH_MM)), camera)
     likeness, places = judge(picture, hints)
     if near_uvd is None or bbox is not None or likeness[0] < SURE:  # else nothing elsewhere could win
         others = judge(picture, candidates(picture))
@@ -110,7 +111,7 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
     likeness, places = judge(picture, places[np.argsort(-likeness)[:JUDGED_TWICE]])
     score, needed = np.minimum(likeness, SURE), np.full(len(places), LEAST_LIKENESS)
     if bbox is not None:
-        off = np.abs((xyz2uvd(places, camera)[:, :2] - bbox[:2]) / bbox[2:] - 0.5).max(1)
+        off = off_box(places, camera, bbox)
         score, needed = score - 2 * BOX_MALUS * off, np.where(off < 0.5, -np.inf, np.inf)
     elif near_uvd is not None:
         nearness = np.maximum(1 - np.linalg.norm(places - hints, axis=1) / TRACK_MM, 0)
@@ -125,6 +126,11 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
     return xyz2uvd((middle + surface_around(picture, middle, camera, bbox)) / 2, camera)
 
 
+def off_box(xyz, camera, bbox):
+    """Return how far [N] points [N, 3] lie from the middle of a box, over its edge: 0.5 on its border."""
+    return np.abs((xyz2uvd(xyz, camera)[:, :2] - bbox[:2]) / bbox[2:] - 0.5).max(1)
+
+
 def surface_around(picture, place, camera, bbox=None):
     """Return the middle (xyz) of the surface within SURFACE_MM of a place and in a box, else the place."""
     depth_mm = picture.depth_mm
@@ -132,7 +138,7 @@ def surface_around(picture, place, camera, bbox=None):
     points = uvd2xyz(np.stack([columns, rows, depth_mm[rows, columns]], -1), picture.camera)
     near = np.square(points - place).sum(1) < SURFACE_MM**2
     if bbox is not None:
-        near &= (np.abs((xyz2uvd(points, camera)[:, :2] - bbox[:2]) / bbox[2:] - 0.5) <= 0.5).all(1)
+        near &= off_box(points, camera, bbox) <= 0.5
     return points[near].mean(0) if near.any() else place
 
 

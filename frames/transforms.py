@@ -139,7 +139,7 @@ def crop_hand(frame, center_uvd, box_px, cube_mm, window=None):
 
 
 def hand_part(frame, center_d_mm, cube_mm, window=None):
-    """Return the smallest part of a frame that holds every pixel `crop_hand` may keep, at any shift."""
+    """Return the smallest part of a frame that holds every pixel `crop_hand` may keep, at any shift in px."""
     part = frame.rect if window is None else frame.rect.intersect(window)
     hand = _in_cube(frame.within(part).astype(np.float32), float(center_d_mm), cube_mm)
     rows, columns = np.flatnonzero(hand.any(axis=1)), np.flatnonzero(hand.any(axis=0))

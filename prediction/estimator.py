@@ -11,7 +11,15 @@ from datasets import DATASETS
 from engine.batches import to_device
 from engine.checkpoints import load_network, resolve_device
 from engine.inference import prepare
-from frames.cameras import FARTHEST_MM, NEAREST_MM, DepthCamera, check_depth, doubts_about, parse_camera
+from frames.cameras import (
+    FARTHEST_MM,
+    NEAREST_MM,
+    DepthCamera,
+    OutOfReachError,
+    check_depth,
+    doubts_about,
+    parse_camera,
+)
 from frames.handfinder import find_center
 from frames.samples import UnlabelledSample, prepare_crop
 from frames.transforms import Camera, Frame, recover_uvd, uvd2xyz, window_around
@@ -52,7 +60,7 @@ class HandPose(NamedTuple):
 class Place(NamedTuple):
     """Where a hand is in a frame, as the network sees it (a left hand's frame mirrored), and its crop there.
 
-    `guessed`: nobody gave the centre; a second crop may be cut around the first prediction.
+    `guessed`: neither centre nor box was given; a second crop may be cut around the first prediction.
     """
 
     frame: Frame
@@ -132,7 +140,10 @@ class HandPoseEstimator:
 
     def _locate(self, depth_mm, center_uvd, bbox, near_uvd):
         """Return the Place of the hand in a frame, or the HandPose that says that there is none."""
-        depth_mm, camera = check_depth(depth_mm, size_px=self.size_px), self.camera
+        try:
+            depth_mm, camera = check_depth(depth_mm, size_px=self.size_px), self.camera
+        except OutOfReachError as error:
+            return no_hand(error)
         height, width = depth_mm.shape
         doubts_about(DepthCamera(camera), (width, height))
         if not depth_mm.any():

@@ -31,9 +31,9 @@ class PredictionWriter:
     """A folder of results, each written as its frame comes: what was written stays, however the run ends.
 
     predictions.jsonl: a first line with `format`, `version` (2), `model`, `joints` (the data set whose joint
-    order it is), `hand`, `cube_mm`, `camera`, `depth_unit_mm`, `chains` (joint indices from the palm
-    outwards: thumb to little finger; NYU's sixth is the wrist) and `film` (its file or null); then a line a
-    frame: `frame` (its file), `joints` ([J]: `xyz` mm, `uvd` px px mm, `confidence` 0..1) or null,
+    order it is), `hand`, `cube_mm`, `camera`, `depth_unit_mm`, `packing`, `chains` (joint indices from the
+    palm outwards: thumb to little finger; NYU's sixth is the wrist) and `film` (its file or null); then a
+    line a frame: `frame` (its file), `joints` ([J]: `xyz` mm, `uvd` px px mm, `confidence` 0..1) or null,
     `center_uvd` or null, `reason` (null, or why there are no joints), `pictures` (the files made of it).
     predictions.csv: a line a joint. overlay/NUMBER_NAME.png, with `plot3d` views/NUMBER_NAME.png, and of a
     sequence film.mp4 or film.gif.
@@ -42,7 +42,7 @@ class PredictionWriter:
     Raises UserError where the folder cannot be written or holds the frames to read.
     """
 
-    def __init__(self, out, estimator, depth_camera, sequences, pictures=True, video="mp4", plot3d=False):
+    def __init__(self, out, estimator, depth_camera, sequences, *, pictures=True, video="mp4", plot3d=False):
         self.out, self.estimator, self.depth_camera = Path(out), estimator, depth_camera
         self.inputs = [path for files in sequences for path in files]
         self.pictures, self.plot3d, self.count = pictures, plot3d, 0
@@ -64,8 +64,8 @@ class PredictionWriter:
         with self._explained(), ExitStack() as stack:
             self.out.mkdir(parents=True, exist_ok=True)
             earlier = files_of_earlier_run(self.out)
-            for name in {*self.names, self.film_name or self.names[0]} - set(earlier):
-                if (self.out / name).exists():
+            for name in set(self._own_files()) - set(earlier):
+                if os.path.lexists(self.out / name):
                     raise UserError(
                         f"{self.out / name} was not written by an earlier run: give another folder with --out"
                     )
@@ -79,6 +79,13 @@ class PredictionWriter:
             self._append(self._head(), [columns])
             self._stack = stack.pop_all()
         return self
+
+    def _own_files(self):
+        """Return the names of all files that the run may write."""
+        folders = ["overlay"] * self.pictures + ["views"] * (self.pictures and self.plot3d)
+        pictures = [picture_name(number, path) for number, path in enumerate(self.inputs)]
+        film = [self.film_name] if self.film_name else []
+        return self.names + film + [f"{folder}/{name}" for folder in folders for name in pictures]
 
     def __exit__(self, *error):
         with self._explained():
@@ -102,12 +109,13 @@ class PredictionWriter:
             "cube_mm": estimator.cube_mm,
             "camera": self.depth_camera.camera._asdict(),
             "depth_unit_mm": self.depth_camera.unit_mm,
+            "packing": "nyu" if self.depth_camera.packed else "none",
             "chains": self.chains,
             "film": self.film_name,
         }
 
     def _append(self, record, rows):
-        """Add a line of JSON and rows of the table to their files, all of it or nothing."""
+        """Add a line of JSON and rows of the table to their files, to each all of it or nothing."""
         table = io.StringIO()
         csv.writer(table).writerows(rows)
         line = json.dumps(record, allow_nan=False) + "\n"
@@ -268,9 +276,11 @@ class Mp4:
         self.writer.write(cv2.cvtColor(cv2.resize(picture, self.size), cv2.COLOR_RGB2BGR))
 
     def close(self):
-        """End the file."""
+        """End the file. Raises OSError where it is no film then: OpenCV tells of no full disk."""
         if self.writer is not None:
             self.writer.release()
+            if not cv2.VideoCapture(self.path).isOpened():
+                raise OSError(errno.ENOSPC, f"{self.path} is not whole: the disk may be full")
 
 
 class Gif:

@@ -7,7 +7,7 @@ dorsal. Lengths are mm, angles degrees.
 # Mean and standard deviation of bone lengths in mm: metacarpal, proximal, middle, distal phalanx (thumb: way
 # from the wrist to its carpometacarpal joint, metacarpal, proximal, distal). Buryanov & Kotiuk 2010,
 # Proportions of Hand Segments, Int. J. Morphol. 28(3):755-758; the first number of the thumb
-# from the CARPAL_MM below.
+# only scales its way in the CARPAL_MM below.
 BONES_MM = (
     (30.0, 46.22, 31.57, 21.67),
     (68.12, 39.78, 22.38, 15.82),

@@ -332,7 +332,10 @@ def hand_and_arm(hands: Hands) -> tuple[Surface, Surface]:
 
 
 def overlap_mm(bones_mm: Tensor, girth: Tensor, angles: Tensor) -> Tensor:
-    """Return how deeply [B], in mm, the flesh of two fingers, or of finger and palm, intersects at worst."""
+    """Return how deeply [B], in mm, the flesh of two fingers, or of finger and palm, intersects at worst.
+
+    It is judged on flesh of mean thickness (`Hands.flesh` 1) that does not bulge.
+    """
     chains = _local_joints(bones_mm, angles)[:, 1:].reshape(-1, 5, 4, 3)
     radii = chains.new_tensor(anatomy.RADII_MM)
     steps = chains.new_tensor((1 / 3, 2 / 3, 1.0))[:, None]
@@ -386,7 +389,7 @@ def draw_hands(noise: Noise, left_share: float = 0.0) -> Hands:
 def move_to(hands: Hands, centre_xyz: Tensor) -> Hands:
     """Put the middle of the joints' bounding box at [B, 3] in mm.
 
-    Forearms that would come nearer to the camera than 250 mm are shortened.
+    Forearms that would come nearer to the camera than 250 mm are shortened, to 40 mm at the least.
     """
     hands = hands._replace(wrist_mm=torch.zeros_like(hands.wrist_mm))
     hands = hands._replace(wrist_mm=centre_xyz - middle_xyz(hands))

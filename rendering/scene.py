@@ -113,7 +113,7 @@ def _clutter_spheres(body: Tensor, noise: Noise) -> Tensor:
 
 
 def render_scene(scene: Scene, intrinsics: Tensor, size_px: tuple) -> tuple[Tensor, Tensor]:
-    """Return exact depth [B, height, width] in mm and a mask of the hand's pixels, to the wrist.
+    """Return depth [B, height, width] in mm, exact for hand and arm, and a mask of the hand to the wrist.
 
     intrinsics: fx, fy, u0, v0 as [4]; size_px: (width, height).
     """

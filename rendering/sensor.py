@@ -155,8 +155,8 @@ def _nearest(depth_mm: Tensor, reach: int) -> Tensor:
 def _shadow(depth_mm: Tensor, strength: float, bridged_mm: float) -> Tensor:
     """Return the pixels [B, H, W] that the projector, beside the camera, does not light.
 
-    A point's column in the projector's picture is u - strength / z; where a nearer surface between it and the
-    projector reached as far already, light does not.
+    It stands left of the camera: a point's column in its picture is u + strength / z. Where a nearer surface
+    further left reaches as far already, light does not.
     """
     columns = torch.arange(depth_mm.shape[2], device=depth_mm.device, dtype=depth_mm.dtype)
     reached = torch.cummax(columns + strength / depth_mm, 2).values

@@ -200,6 +200,14 @@ def test_frames_that_changed_since_are_read_from_their_files(cached, script, cha
     assert DATASETS["HAND17"](path=root, dataset="train").cache is not None
 
 
+def test_frames_dated_before_1970_are_cached(cached, script):
+    root = cached("HAND17")
+    os.utime(sorted((root / "training/images").glob("*.png"))[0], (-5, -5))
+    done = script("check_dataset.py", "--dataset", "HAND17", "--cache")
+    assert done.status == 0, done.err
+    assert DATASETS["HAND17"](path=root, dataset="train").cache is not None
+
+
 def test_a_frame_that_changes_under_an_open_cache_is_read_from_its_file(cached, capfd):
     root = cached("HAND17")
     frames, plain = (

@@ -1,6 +1,7 @@
 """Cameras as people describe them, and what is taken for depth: units, packings, files that are none."""
 
 import json
+import struct
 
 import cv2
 import numpy as np
@@ -85,6 +86,19 @@ FORMS = {
         {"packed": True},
     ),
 }
+
+
+def test_a_calibration_that_opencv_wrote_is_read(tmp_path):
+    path = tmp_path / "calibration.yml"
+    file = cv2.FileStorage(str(path), cv2.FILE_STORAGE_WRITE)
+    file.write("nframes", 20)
+    file.write("image_width", 640)
+    file.write("image_height", 480)
+    file.write("camera_matrix", np.reshape(ROWS, (3, 3)).astype(np.float64))
+    file.write("distortion_coefficients", np.zeros((5, 1)))
+    file.write("avg_reprojection_error", 0.3)
+    file.release()
+    assert parse_camera(path) == DepthCamera(OWN, 1.0, (640, 480))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -205,6 +219,20 @@ def test_further_pages_of_a_tiff_are_not_dropped_in_silence(tmp_path):
     path = tmp_path / "pages.tif"
     assert cv2.imwritemulti(str(path), [hand_frame(), hand_frame(600)])
     with pytest.raises(FrameError, match="it holds 2 pictures"):
+        read_depth(path, DepthCamera(CAMERA))
+
+
+def test_a_tiff_whose_second_page_is_damaged_is_refused_like_any_bad_frame(tmp_path):
+    path = tmp_path / "pages.tif"
+    assert cv2.imwritemulti(str(path), [hand_frame(), hand_frame(600)])
+    data = bytearray(path.read_bytes())
+    (first,) = struct.unpack_from("<I", data, 4)
+    (second,) = struct.unpack_from("<I", data, first + 2 + 12 * struct.unpack_from("<H", data, first)[0])
+    tags = [second + 2 + 12 * entry for entry in range(struct.unpack_from("<H", data, second)[0])]
+    bits = next(tag for tag in tags if struct.unpack_from("<H", data, tag)[0] == 258)
+    struct.pack_into("<H", data, bits + 8, 3)
+    path.write_bytes(data)
+    with pytest.raises(FrameError, match="a picture after its first does not decode"):
         read_depth(path, DepthCamera(CAMERA))
 
 

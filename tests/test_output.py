@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from test_predict import CAMERA_TEXT, hand_frame, read_results, save_network, wr
 
 from frames.cameras import DepthCamera, parse_camera
 from frames.transforms import Camera
+from prediction.output import Mp4
 
 OPTIONS = ["--camera", CAMERA_TEXT, "--device", "cpu"]
 
@@ -123,6 +125,13 @@ def test_files_that_no_earlier_run_wrote_stay(workplace, model, script):
     assert (
         done.status == 1 and "was not written by an earlier run: give another folder with --out" in done.err
     )
+    for name, more in (("overlay", []), ("views", ["--plot3d"])):
+        taken = Path(f"new_{name}/{name}/000000_1.png")
+        taken.parent.mkdir(parents=True)
+        taken.write_bytes(b"mine")
+        done = script("predict.py", "recording", *options[:-1], f"new_{name}", *more)
+        assert done.status == 1 and f"{taken} was not written by an earlier run" in done.err
+        assert taken.read_bytes() == b"mine" and not Path(f"new_{name}/predictions.jsonl").exists()
     write_png(Path("other/overlay/1.png"), hand_frame())
     done = script("predict.py", "other/overlay", *OPTIONS, "--model", model, "--out", "other")
     assert done.status == 1 and "choose another folder" in done.err
@@ -139,6 +148,31 @@ def test_a_forged_list_removes_nothing_else(workplace, model, script):
     Path("out/predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
     assert script("predict.py", "1.png", *OPTIONS, "--model", model, "--out", "out").status == 0
     assert all(path.exists() for path in kept)
+
+
+def test_a_film_that_the_disk_cuts_off_is_told(tmp_path):
+    film = Mp4(tmp_path / "film.mp4", 30)
+    for shade in range(30):
+        film.add(np.full((480, 640, 3), 8 * shade, np.uint8))
+    whole = film.writer
+
+    def release():
+        whole.release()
+        os.truncate(film.path, os.path.getsize(film.path) // 2)
+
+    film.writer = SimpleNamespace(release=release)
+    with pytest.raises(OSError, match="film.mp4 is not whole: the disk may be full"):
+        film.close()
+
+
+def test_packed_frames_are_read_with_an_earlier_runs_camera(workplace, model, script):
+    high, low = divmod(hand_frame(), 256)
+    write_png(Path("frame.png"), np.dstack([low, high, 0 * low]).astype(np.uint8))
+    options = ["--model", model, "--device", "cpu", "--out"]
+    assert script("predict.py", "frame.png", "--camera", "NYU", *options, "out").status == 0
+    done = script("predict.py", "frame.png", "--camera", "out/predictions.jsonl", *options, "again")
+    assert done.status == 0, done.err
+    assert Path("again/predictions.csv").read_text() == Path("out/predictions.csv").read_text()
 
 
 def test_a_camera_files_unit_and_doubts_reach_the_script(workplace, model, script):

@@ -399,6 +399,23 @@ def test_a_place_without_a_hand_gets_its_reason(estimator):
         assert pose.joints_xyz is None and message in pose.reason
 
 
+@pytest.mark.parametrize(("distance_mm", "where"), [(2500, "too far"), (100, "too near")])
+def test_a_frame_in_which_no_hand_can_be_costs_no_other_frame(distance_mm, where, estimator):
+    empty = np.full((480, 640), distance_mm, np.uint16)
+    found, none = estimator.batch([hand_frame(), empty])
+    np.testing.assert_array_equal(found.joints_xyz, estimator(hand_frame()).joints_xyz)
+    assert none.joints_xyz is None and where in none.reason
+
+
+@pytest.mark.parametrize("depth_mm", [0, 0.001, 1])
+def test_a_hint_nearer_than_any_hand_does_no_harm(depth_mm, estimator):
+    pose = estimator(hand_frame(), near_uvd=(320, 240, depth_mm))
+    np.testing.assert_allclose(pose.center_uvd, estimator(hand_frame()).center_uvd, atol=10)
+    specks = hand_frame()
+    specks[20:30, 20:30] = 1
+    estimator(specks, bbox=(10, 10, 30, 30))
+
+
 def test_a_second_crop_that_cannot_be_leaves_the_first(estimator, monkeypatch):
     monkeypatch.setattr(f"{ESTIMATOR}.middle_of_hand", lambda crop, uvd: np.array([320.0, 240.0, 1.0]))
     assert estimator(hand_frame()).reason is None
