@@ -1,4 +1,4 @@
-"""From a data set's official annotations to its index files: read them, judge every frame, write.
+"""From a data set's official annotations to its index files: read them, check every frame, write.
 
 python check_dataset.py --dataset NYU
 python check_dataset.py --dataset HAND17 --data_dir /data/HANDS17 --force
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datasets import DATASETS, MSRADataset
 from frames.cache import CacheError, CropCache, lines_of, make_record, settings_of, write_cache
 from frames.centers import computed_name, known_centers
-from frames.files import FrameError, LineFile
+from frames.files import MISSING, FrameError, LineFile
 from frames.handfinder import find_center, load_judge
 from utils import HelpFormatter, UserError, one_line, run, start_worker, usable_cores, write_lines
 
@@ -173,7 +173,7 @@ def _work_on(work, dataset, indices):
     return [work(dataset, index) for index in indices]
 
 
-def judge(dataset, index):
+def check_frame(dataset, index):
     """Return the FrameError that says why frame `index` cannot be used, or None where it can."""
     try:
         dataset.sample(index)
@@ -262,7 +262,7 @@ def build_index(name, root, force=False):
     parts, refusals = open_parts(name, root), {}
     for part, dataset in parts.items():
         compute_missing_centers(part, dataset)
-        refusals[part] = list(for_each_frame(judge, dataset, f"check {part}"))
+        refusals[part] = list(for_each_frame(check_frame, dataset, f"check {part}"))
     _report(name, parts, refusals)
     refused = [f"{error.frame}\t{error.reason}" for error in chain(*refusals.values()) if error]
     write_lines(root / "rejected.txt", refused + unlabelled_frames(name, root, parts))
@@ -324,7 +324,7 @@ def _report(name, parts, refusals):
         )
         for reason, count in reasons.most_common():
             print(f"  {count:>7}  {reason}")
-        if reasons["the file is missing"] > MANY_MISSING * len(dataset):
+        if reasons[MISSING] > MANY_MISSING * len(dataset):
             print(f"WARNING: was {name} extracted to its end? Many frames of {part} have a label and no file")
 
 

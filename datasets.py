@@ -37,6 +37,7 @@ class HandDataset(Dataset):
     """
 
     name = ""
+    center_prefix = ""  # what the names of its centre files begin with
     camera = Camera(1, 1, 0, 0)
     picture_px = (0, 0)  # width, height
     cube_mm = 0.0  # half the edge

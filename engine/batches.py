@@ -18,7 +18,7 @@ SUBSTITUTES = 100
 
 
 class Batch(NamedTuple):
-    """Frames of one step: a Sample of batched fields (None without any), their indices, and FrameErrors."""
+    """Frames of one step: a Sample of batched fields (None without any), their indices, and UserErrors."""
 
     samples: tuple | None
     indices: list

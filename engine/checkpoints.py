@@ -84,10 +84,18 @@ def load_network(path, dataset=None):
 
     `dataset` names the data set whose joints it must predict. Without it the checkpoint says which, or the
     number of joints, or the file's name (MSRA_default_final.pt); either way it is `network.dataset` then.
-    Raises UserError where the file is damaged, is another network's or data set's, or has weights that are
-    not finite.
+    Raises UserError as `read_network`, and where the joints are another data set's.
     """
-    path = Path(path)
+    network, checkpoint = read_network(path)
+    network.dataset = _dataset_of(checkpoint, Path(path), network.joints, dataset)
+    return network
+
+
+def read_network(path):
+    """Return the network of a checkpoint file, of any data set's joints, on the CPU, and the checkpoint.
+
+    Raises UserError where the file is damaged, is another network's, or has weights that are not finite.
+    """
     checkpoint = load_checkpoint(path)
     try:
         weights = {WRAPPERS.sub("", name): value for name, value in checkpoint["state_dict"].items()}
@@ -103,8 +111,7 @@ def load_network(path, dataset=None):
     bad = next((name for name, value in weights.items() if not value.isfinite().all()), None)
     if bad:
         raise UserError(f"{path} holds weights that are not finite ({bad}): take an earlier epoch")
-    network.dataset = _dataset_of(checkpoint, path, joints, dataset)
-    return network.eval()
+    return network.eval(), checkpoint
 
 
 def _check_size(weights, param):
@@ -127,6 +134,8 @@ def _check_size(weights, param):
 def _dataset_of(checkpoint, path, joints, dataset):
     """Return the name of the data set whose joints a checkpoint has. Raises UserError, as `load_network`."""
     says = checkpoint.get("dataset")
+    if not isinstance(says, str | None):
+        raise UserError(f"{path} is damaged: its data set's name is no text")
     fitting = [name for name, cls in DATASETS.items() if cls.joint_number == joints]
     named = path.name.partition("_")[0]
     name = dataset or says or (fitting[0] if len(fitting) == 1 else named)

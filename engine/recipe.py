@@ -5,7 +5,7 @@ from argparse import Namespace
 
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from engine.checkpoints import load_network
+from engine.checkpoints import read_network
 from utils import UserError
 
 
@@ -51,7 +51,7 @@ def load_weights(network, path):
     fast on coarse maps and in one stage, and goes on from there on finer ones and in more.
     Raises UserError where the file is no checkpoint, or another network's.
     """
-    other, own = load_network(path), network.state_dict()
+    (other, _), own = read_network(path), network.state_dict()
     for name in {**network.param, **other.param}:
         there, here = other.param.get(name), network.param.get(name)
         grows = name == "stage" and there < here

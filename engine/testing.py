@@ -55,8 +55,8 @@ def predict(network, dataset, args, device):
 
 
 def result_name(args):
-    """Return the name of a test run's result file: another checkpoint than `final` adds its own."""
-    run = run_name(args)
+    """Return the name of a test run's result file, to which `bb` and another checkpoint than `final` add."""
+    run = run_name(args) + "_bb" * (args.process_mode == "bb")
     if args.model:
         return f"{run}_{args.model.stem}"
     return run if args.seed == "final" else f"{run}_{args.seed}"
@@ -94,12 +94,7 @@ def test(args):
         print(f"warning: so are those of {len(refused) - 10} more frames")
     lines = result_lines(dataset, joints_uvd)
     write_results(Path("Result", f"{name}.txt"), lines)
-    labels_uvd = None
-    if dataset.test_labels:
-        try:
-            labels_uvd = test_labels_uvd(args.dataset, args.data_dir, **fold)
-        except FrameError as error:
-            print(f"warning: {error}; no errors are printed")
+    labels_uvd = test_labels_uvd(args.dataset, args.data_dir, **fold) if dataset.test_labels else None
     return Tested(lines, joints_uvd, labels_uvd, refused)
 
 
@@ -155,13 +150,21 @@ def test_parts(name, data_dir=None, subject=None):
     folds = [{}]
     if name == "MSRA":
         folds = [{"subject": s} for s in (range(MSRADataset.subjects) if subject is None else [subject])]
-    return [DATASETS[name](path=data_dir, dataset="test", test_only=True, **fold) for fold in folds]
+    what = dict(path=data_dir, dataset="test", test_only=True, use_cache=False)
+    return [DATASETS[name](**what, **fold) for fold in folds]
 
 
 def test_labels_uvd(name, data_dir=None, subject=None):
     """Return the labels [N, J, 3] of `test_parts`, uvd, in the order of the result file.
 
-    Raises UserError as that does, and where a label is damaged.
+    A damaged label is named and becomes zeros, which evaluation leaves out. Raises UserError as `test_parts`.
     """
-    parts = test_parts(name, data_dir, subject)
-    return np.stack([part.joints_uvd(part.line(index)) for part in parts for index in range(len(part))])
+    labels_uvd = []
+    for part in test_parts(name, data_dir, subject):
+        for index in range(len(part)):
+            try:
+                labels_uvd.append(part.joints_uvd(part.line(index)))
+            except FrameError as error:
+                print(f"warning: {error}; the frame is left out of the errors")
+                labels_uvd.append(np.zeros((part.joint_number, 3)))
+    return np.stack(labels_uvd)

@@ -166,7 +166,10 @@ def usable_batch_size(args, frames):
         raise UserError(f"{frames} training frames are too few for {distributed.world_size()} processes")
     if most < args.batch_size and distributed.is_main():
         print(f"batches of {most}, for there are no more training frames")
-    return min(args.batch_size, most)
+    batch_size = min(args.batch_size, most)
+    if args.norm_method == "batch" and args.label_size == 2 ** (args.level + 1) and batch_size == 1:
+        raise UserError("batch norm of one pixel needs more than one frame: give a larger --label_size")
+    return batch_size
 
 
 def train_epoch(state, train_loader, val_loader, device, saver):

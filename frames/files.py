@@ -21,6 +21,8 @@ PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR", b"IEND\xaeB`\x82"
 # Beyond any camera's picture; a file of some MB can claim a hundred times as many.
 MAX_PICTURE_PX = 1 << 25
 
+MISSING = "the file is missing"
+
 # Neither px nor mm, and as float32 its square is still a number.
 MAX_NUMBER = 1e9
 
@@ -144,7 +146,7 @@ def read_bytes(path):
         with open(path, "rb", buffering=0) as file:
             data = file.readall()
     except FileNotFoundError:
-        raise FrameError(path, "the file is missing") from None
+        raise FrameError(path, MISSING) from None
     except (OSError, ValueError) as error:  # ValueError: the path holds a null byte
         reason = getattr(error, "strerror", None) or error
         raise FrameError(path, f"the file cannot be read: {reason}") from error

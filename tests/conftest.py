@@ -17,7 +17,7 @@ import pytest
 import torch
 from processes import REPO, Finished
 
-from check_dataset import build_index, judge
+from check_dataset import build_index, check_frame
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = REPO.parent / "shared"
@@ -43,7 +43,7 @@ def copy_golden(name, root):
 
 def refusal(dataset, index):
     """Return why a frame cannot be used, or None where it can."""
-    error = judge(dataset, index)
+    error = check_frame(dataset, index)
     return error and error.reason
 
 

@@ -32,6 +32,13 @@ def test_it_measures_a_data_set_and_the_network(fresh_indexed, tmp_path, capsys,
     assert all(row["value"] > 0 and row["part"] in table for row in rows.values())
 
 
+@pytest.mark.parametrize("words", ["--repeats 0", "--frames 0", "--batch_sizes 8 0"])
+def test_nothing_to_measure_is_a_wrong_option(words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        benchmark.parse(words.split())
+    assert ending.value.code == 2 and "must be 1 or more" in capsys.readouterr().err
+
+
 def test_a_rate_keeps_its_relative_spread():
     timing = Mock(median=0.5, iqr=0.1)
     row = to_row(timing, "part", "samples/s", 8)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from check_dataset import build_cache
 from datasets import DATASETS, HAND17Dataset, NYUDataset
+from engine.metrics import PROTOCOLS, measure_errors
 from engine.testing import test_labels_uvd
 from frames import samples
 from frames.files import FrameError, LineFile, frame_number
@@ -251,6 +252,25 @@ def test_test_labels_are_in_the_order_of_the_index(indexed):
     assert test_labels_uvd("MSRA", indexed("MSRA")).shape == (9, 21, 3)
     with pytest.raises(UserError, match="no labels"):
         test_labels_uvd("HAND17", indexed("HAND17"))
+
+
+def test_a_damaged_test_label_is_left_out_of_the_errors_alone(fresh_indexed, capsys, monkeypatch):
+    root = fresh_indexed("NYU")
+    first, second = (root / "test.txt").read_text().splitlines()
+    (root / "test.txt").write_text(first + "\n" + second.rpartition(" ")[0] + " nan\n")
+    labels = test_labels_uvd("NYU", root)
+    assert labels.shape == (2, 14, 3) and labels[0].all() and not labels[1].any()
+    assert "the frame is left out of the errors" in capsys.readouterr().out
+    errors_mm, _ = measure_errors(PROTOCOLS["NYU"], labels + 1.0, labels)
+    assert np.isfinite(errors_mm[0]).all() and not np.isfinite(errors_mm[1:]).any()
+
+
+def test_labels_need_no_centre_file_beside_a_cache(fresh_indexed):
+    root = fresh_indexed("ICVL")
+    build_cache("ICVL", root)
+    labels = test_labels_uvd("ICVL", root)
+    (root / "icvl_center_test.txt").unlink()
+    np.testing.assert_array_equal(test_labels_uvd("ICVL", root), labels)
 
 
 def test_own_camera_is_used(indexed):

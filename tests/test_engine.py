@@ -11,9 +11,10 @@ from engine.batches import EpochSampler, Frames, collate, make_loader
 from engine.loops import Progress, forward_losses, running_statistics, train_one_epoch, validate
 from engine.options import parse_train
 from engine.state import build_optimizer
-from engine.training import build_network, open_splits
+from engine.training import build_network, open_splits, usable_batch_size
 from frames.samples import Sample
 from model import PixelwiseRegression, StageOutput, losses, spatial_form
+from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -30,6 +31,13 @@ def test_held_out_frames_are_the_last_and_not_trained_on(fresh_indexed):
     train, train_indices, val, val_indices = open_splits(options("--holdout 0.4"))
     assert train_indices.tolist() == [0, 1, 2, 3, 4, 5] and val_indices.tolist() == [6, 7, 8, 9]
     assert train.lines[6] == val.lines[6]
+
+
+def test_batch_norm_of_one_pixel_of_one_frame_is_refused():
+    words = "--norm_method batch --label_size 16 --level 3 --batch_size"
+    assert usable_batch_size(options(f"{words} 2"), 10) == 2
+    with pytest.raises(UserError, match="more than one frame"):
+        usable_batch_size(options(f"{words} 1"), 10)
 
 
 def test_held_out_frames_are_not_augmented(fresh_indexed):

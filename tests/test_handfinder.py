@@ -207,7 +207,7 @@ def test_fists_are_found_before_bodies_and_clutter(monkeypatch):
     monkeypatch.setattr(train_handfinder, "HANDLESS", 0.0)
     off_mm = []
     for name in ("NYU", "SR305"):
-        for depth_mm, middle_uvd, camera in train_handfinder.draw_frames(name, seed=11, count=40):
+        for depth_mm, middle_uvd, camera in train_handfinder.render_frames(name, seed=11, count=40):
             try:
                 found = uvd2xyz(find_center(Frame(depth_mm), camera), camera)
             except ValueError:
@@ -219,7 +219,7 @@ def test_fists_are_found_before_bodies_and_clutter(monkeypatch):
 def test_frames_without_a_hand_mostly_give_none():
     """Bodies of these frames, with faces, elbows and shoulders, come as near as hands do."""
     found = []
-    for depth_mm, middle_uvd, camera in train_handfinder.draw_frames("SR305", seed=4, count=200):
+    for depth_mm, middle_uvd, camera in train_handfinder.render_frames("SR305", seed=4, count=200):
         if middle_uvd is None:
             try:
                 found.append(find_center(Frame(depth_mm), camera))

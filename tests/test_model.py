@@ -99,6 +99,14 @@ def test_weights_that_are_not_finite_are_refused(value, tmp_path):
         load_network(path)
 
 
+def test_a_data_sets_name_that_is_no_text_is_damage(tmp_path):
+    network = small_network(joints=21)
+    content = {"state_dict": network.state_dict(), "model_param": network.param, "dataset": ["NYU"]}
+    save_checkpoint(tmp_path / "forged.pt", content)
+    with pytest.raises(UserError, match="forged.pt is damaged"):
+        load_network(tmp_path / "forged.pt")
+
+
 def test_a_checkpoint_of_21_joints_does_not_say_whose_they_are(tmp_path):
     network = small_network(joints=21)
     for name in ("best.pt", "MSRA_default_final.pt"):

@@ -108,6 +108,16 @@ def test_weights_to_begin_with_are_kept_bit_for_bit(tmp_path):
         assert torch.equal(other.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("joints", [5, 21])
+def test_weights_of_joints_that_no_data_set_has_or_nobody_names_are_a_beginning(joints, tmp_path):
+    torch.manual_seed(0)
+    other = small_network(joints=joints)
+    save_checkpoint(tmp_path / "best.pt", {"state_dict": other.state_dict(), "model_param": other.param})
+    network = small_network(joints=14)
+    assert "stages.0.plane_regression.conv.9.bias" in load_weights(network, tmp_path / "best.pt")
+    assert torch.equal(network.state_dict()["conv.0.weight"], other.state_dict()["conv.0.weight"])
+
+
 def test_layers_of_another_number_of_joints_begin_anew_and_are_named(tmp_path):
     torch.manual_seed(0)
     one, other = small_network(21), small_network(14)

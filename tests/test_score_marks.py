@@ -132,6 +132,10 @@ def test_a_crop_scores_as_the_whole_picture_does(score):
         ([], "holds no marks"),
         ({"frames": {"a": {}}}, "holds no marks"),
         ({"frames": {"a": {"joints_uv": []}}, "camera": {"fx": 1}}, "holds no marks"),
+        (
+            {"frames": {"a": {"joints_uv": []}, "b": {}}, "camera": {}},
+            "only some of its frames have joints_uv",
+        ),
     ],
 )
 def test_a_file_without_marks_is_refused(content, message, tmp_path):

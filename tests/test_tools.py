@@ -106,6 +106,16 @@ def test_the_export_tool_prints_difference_and_speed(model, indexed, tmp_path, c
         export.main(["--model", str(model), "--batch", "many"])
 
 
+def test_an_export_that_differs_replaces_no_good_one(model, indexed, tmp_path, monkeypatch):
+    out = tmp_path / "small.pt2"
+    out.write_bytes(b"good")
+    monkeypatch.setattr(export, "largest_difference_mm", lambda *_: 5.0)
+    options = ["--format", "pt2", "--data_dir", indexed("HAND17"), "--batch", "1", "--out", out]
+    with pytest.raises(UserError, match=r"differs by 5.000 mm from PyTorch.*small.pt2 is not written"):
+        export.main(["--model", str(model), *map(str, options)])
+    assert out.read_bytes() == b"good" and [path.name for path in tmp_path.iterdir()] == ["small.pt2"]
+
+
 def test_an_export_is_checked_on_50_crops_to_a_twentieth_of_a_millimetre():
     args = export.parse(["--model", "small.pt", "--format", "pt2"])
     assert (args.crops, args.tolerance, args.batch) == (50, 0.05, "dynamic")

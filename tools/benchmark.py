@@ -26,7 +26,7 @@ import torch
 from torch.utils.benchmark import Measurement, Timer, timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from check_dataset import build_cache, build_index, judge, open_parts
+from check_dataset import build_cache, build_index, check_frame, open_parts
 from datasets import DATASETS
 from engine.batches import EpochSampler, batches_of, make_loader
 from engine.checkpoints import load_network, resolve_device
@@ -102,7 +102,7 @@ def loading_rows(name, root, repeats):
     works = {
         "files alone": lambda: [decode_alone(files, i) for i in numbers],
         "training samples, files": lambda: [files[i, i] for i in numbers],
-        "index": lambda: [judge(source, i % len(source)) for i in numbers],
+        "index": lambda: [check_frame(source, i % len(source)) for i in numbers],
     }
     if cached.cache:
         works["training samples, cache"] = lambda: [cached[i, i] for i in numbers]
@@ -277,7 +277,10 @@ def parse(argv=None):
         "--model", type=Path, help="checkpoint for inference (default: random weights, which round worse)"
     )
     parser.add_argument("--batch_sizes", nargs="+", type=int, help="default: 32 64 128 on a GPU, else 8")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.frames, args.repeats, *(args.batch_sizes or [])) < 1:
+        parser.error("--frames, --repeats and --batch_sizes must be 1 or more")
+    return args
 
 
 def _folder(text):

@@ -97,8 +97,7 @@ def export(network, inputs, path, form, dynamic):
     if form == "pt2":
         with torch.no_grad():
             program = torch.export.export(network, inputs, dynamic_shapes=shapes)
-        with atomic_path(path) as temporary:
-            torch.export.save(program, temporary)
+        torch.export.save(program, path)
         return torch.export.load(path).module()
     onnxruntime = _import_onnxruntime()
     if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
@@ -118,8 +117,7 @@ def export(network, inputs, path, form, dynamic):
             output_names=OUTPUTS,
             dynamic_shapes=shapes,
         )
-    with atomic_path(path) as temporary:
-        program.save(temporary, external_data=False)
+    program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def call(*tensors):
@@ -200,15 +198,19 @@ def main(argv=None):
     crops = make_crops(dataset, network.network.param["label_size"], args.crops, args.data_dir)
     batch = 2 if args.batch == "dynamic" else int(args.batch)
     inputs = tuple(torch.stack([crop[k] for crop in (crops * batch)[:batch]]).clone() for k in range(3))
-    exported = export(network, inputs, path, args.format, args.batch == "dynamic")
-    apart_mm = largest_difference_mm(network, exported, crops, dataset.camera, batch)
+    with atomic_path(path) as temporary:
+        exported = export(network, inputs, temporary, args.format, args.batch == "dynamic")
+        apart_mm = largest_difference_mm(network, exported, crops, dataset.camera, batch)
+        if not apart_mm <= args.tolerance:  # nor NaN
+            raise UserError(
+                f"the {args.format} program differs by {apart_mm:.3f} mm from PyTorch, more than "
+                f"{args.tolerance} mm: {path} is not written"
+            )
     opset = f", opset {OPSET}" if args.format == "onnx" else ""
     print(f"{path}: {args.format}{opset}, batch {args.batch}, {path.stat().st_size / 1e6:.1f} MB")
     print(f"largest difference on {len(crops)} crops {apart_mm:.4f} mm")
     own_ms, exported_ms = call_ms(network, inputs), call_ms(exported, inputs)
     print(f"a batch of {batch}: PyTorch {own_ms:.1f}, {args.format} {exported_ms:.1f} ms")
-    if not apart_mm <= args.tolerance:  # nor NaN
-        raise UserError(f"{path} differs by {apart_mm:.3f} mm from PyTorch, more than {args.tolerance} mm")
 
 
 if __name__ == "__main__":

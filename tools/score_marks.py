@@ -64,6 +64,8 @@ def read_marks(path):
         content = json.loads(path.read_text())
         frames, camera = content["frames"], content["camera"]
         on_crops = any("joints_uv" in marks for marks in frames.values())
+        if on_crops and not all("joints_uv" in marks for marks in frames.values()):
+            raise ValueError("only some of its frames have joints_uv")
         if on_crops:
             middle = ((size - 1) / 2 for size in CANVAS_PX)
             pinhole = Camera(float(camera["fx"]), float(camera["fy"]), *middle)

@@ -47,7 +47,7 @@ BEHIND_CAMERA_MM, NOWHERE_MM = -1e4, 1e6
 BATCH, TASK_FRAMES, RENDERED_AT_ONCE = 512, 200, 8
 
 
-def draw_frames(name, seed, count):
+def render_frames(name, seed, count):
     """Yield (depth [H, W] mm, middle of the hand's surface uvd, Camera) as the sensor `name` sees hands.
 
     The middle is None in a share of frames, from which hand and arm are left out. Pictures of 640 x 480
@@ -167,7 +167,7 @@ def collect(task):
     cv2.setNumThreads(0)
     rng = np.random.default_rng(seed + 1)
     crops, ways_mm = [np.empty((0, CROP_PX, CROP_PX), np.int8)], [np.empty((0, 3), np.float32)]
-    for depth_mm, middle_uvd, camera in draw_frames(name, seed, count):
+    for depth_mm, middle_uvd, camera in render_frames(name, seed, count):
         picture, middle_xyz = coarse_picture(Frame(depth_mm), camera), np.full(3, NOWHERE_MM)
         places = rng.permutation(candidates(picture))[:PLACES]
         if middle_uvd is not None:
@@ -191,7 +191,7 @@ def collect_all(frames, seed):
     return tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts))
 
 
-def losses(network, crops, ways_mm):
+def finder_loss(network, crops, ways_mm):
     """Return the loss of a batch, the share of right answers and the mean error of the middle, mm."""
     logits, offsets = network(crops)
     distance_mm = ways_mm.norm(dim=1)
@@ -228,13 +228,13 @@ def fit(network, crops, ways_mm, epochs):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * steps)
     for epoch in range(epochs):
         for chosen in tqdm(torch.randperm(kept)[: steps * BATCH].split(BATCH), "train", leave=False):
-            loss, *_ = losses(network, *augmented(crops[chosen], ways_mm[chosen]))
+            loss, *_ = finder_loss(network, *augmented(crops[chosen], ways_mm[chosen]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         with torch.inference_mode():
-            loss, right, error_mm = losses(network, crops[kept:, None].float() / 127, ways_mm[kept:])
+            loss, right, error_mm = finder_loss(network, crops[kept:, None].float() / 127, ways_mm[kept:])
         print(f"epoch {epoch + 1:>3}  val loss {loss:.4f}  right {right:.2%}  middle {error_mm:.1f} mm")
 
 
@@ -254,7 +254,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = Judge().to(memory_format=torch.channels_last)
     if args.init:
-        network.load_state_dict(load_checkpoint(args.init, ["state_dict"])["state_dict"])
+        try:
+            network.load_state_dict(load_checkpoint(args.init, ["state_dict"])["state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"--init {args.init} holds another network's weights") from error
     fit(network, *collect_all(args.frames, args.seed), args.epochs)
     save_checkpoint(args.out, {"state_dict": network.state_dict(), "frames": args.frames, "seed": args.seed})
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB")
