@@ -23,7 +23,7 @@ from datasets import DATASETS, MSRADataset
 from frames.cache import CacheError, CropCache, lines_of, make_record, settings_of, write_cache
 from frames.centers import computed_name, known_centers
 from frames.files import MISSING, FrameError, LineFile
-from frames.handfinder import find_center, load_judge
+from frames.handfinder import find_center, load_classifier
 from utils import HelpFormatter, UserError, one_line, run, start_worker, usable_cores, write_lines
 
 NYU_JOINTS = [0, 3, 6, 9, 12, 15, 18, 21, 24, 25, 27, 30, 31, 32]
@@ -208,7 +208,7 @@ def compute_missing_centers(split, dataset):
         f"{absent[0]} not found: computing centres (of the hand found) into {computed[0]}; published results "
         "use the distributed file"
     )
-    load_judge()  # where it is missing, here rather than in every process
+    load_classifier()  # where it is missing, here rather than in every process
     centers, paths = {}, []
     for index, center in enumerate(for_each_frame(computed_center, dataset, f"centres {split}")):
         with suppress(FrameError):  # a line that names no frame, or one without a number, is refused later

@@ -1,4 +1,4 @@
-"""Finding the hand in a depth frame: a small network judges places on every surface."""
+"""Finding the hand in a depth frame: a small network scores places on every surface."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -25,36 +25,36 @@ JUMP_MM = 40.0
 PALM_RADIUS_MM = (10.0, 80.0)
 SAME_PLACE_MM = 30.0
 
-# The judge sees a place's surroundings, so far to each side and in depth, as a crop of so many pixels.
+# The classifier sees a place's surroundings, so far to each side and in depth, as a crop of so many pixels.
 REACH_MM, CROP_PX = 200.0, 40
-JUDGED_TWICE = 4
+SCORED_TWICE = 4
 LEAST_DEPTH_MM = 80.0  # no middle is taken to be nearer
 
-# The best place is judged once more from here and from its neighbours, and mirrored: the mean of all tells
-# hands from what is none better than one judgement. Chosen on rendered frames with and without a hand.
+# The best place is scored once more from here and from its neighbours, and mirrored: the mean of all tells
+# hands from what is none better than one score. Chosen on rendered frames with and without a hand.
 NEIGHBOURS_MM = np.array(
     [(0, 0, 0), (12, 0, 0), (-12, 0, 0), (0, 12, 0), (0, -12, 0), (0, 0, 15), (0, 0, -15)], np.float64
 )
-LEAST_LIKENESS = 0.3
+LEAST_SCORE = 0.3
 
-# Surely a hand: whatever is likelier is no better.
+# Surely a hand: whatever scores higher is no better.
 SURE = 6.0
 
-# A place gains so much where the hand was in the frame before, and needs no likeness there; farther away
+# A place gains so much where the hand was in the frame before, and needs no score there; farther away
 # less, from this distance on nothing. Less than SURE, so that a hand elsewhere wins over what is none.
 TRACK_BONUS, TRACK_MM = 3.0, 180.0
 
 # What the hint of a box is worth: a place loses so much from its middle to its edge.
 BOX_MALUS = 4.0
 
-# The middle is halfway between what the judge says and the middle of the surface so near to that.
+# The middle is halfway between what the classifier says and the middle of the surface so near to that.
 SURFACE_MM = 90.0
 
 SQUARE = np.ones((3, 3), np.uint8)
 
 
-class Judge(nn.Module):
-    """Tells of crops [N, 1, 40, 40] how much a hand is there (logit [N]) and where its middle is.
+class HandClassifier(nn.Module):
+    """Scores how surely crops [N, 1, 40, 40] show a hand (logit [N]), and tells where its middle is.
 
     The middle is relative to the crop's, [N, 3], in units of REACH_MM.
     """
@@ -86,9 +86,9 @@ class Picture(NamedTuple):
 
 
 def find_center(frame, camera, near_uvd=None, bbox=None):
-    """Find the hand; return its middle, uvd: half-way from where the judge sees it to its surface's mean.
+    """Find the hand; return its middle, uvd: half-way from the classifier's answer to its surface's mean.
 
-    Every place where a surface is as wide as a palm is judged, and the best ones again where they
+    Every place where a surface is as wide as a palm is scored, and the best ones again where they
     said that the hand's middle is. `near_uvd` is where the hand was in the frame before: places near it are
     preferred, unless one elsewhere is clearly better. `bbox` (left, top, width, height; px) holds the hand
     for sure. Raises ValueError, with the reason, where there is no hand.
@@ -102,24 +102,24 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
         hint_uvd = center_of_mass(cut_bounding_box(frame, bbox))
     if hint_uvd is not None:
         hints = uvd2xyz(np.maximum([hint_uvd], (-np.inf, -np.inf, LEAST_DEPTH_MM)), camera)
-    likeness, places = judge(picture, hints)
-    if near_uvd is None or bbox is not None or likeness[0] < SURE:  # else nothing elsewhere could win
-        others = judge(picture, candidates(picture))
-        likeness, places = (np.concatenate(both) for both in zip((likeness, places), others))
+    score, places = classify(picture, hints)
+    if near_uvd is None or bbox is not None or score[0] < SURE:  # else nothing elsewhere could win
+        others = classify(picture, candidates(picture))
+        score, places = (np.concatenate(both) for both in zip((score, places), others))
     if len(places) == 0:
         raise ValueError("no surface is as large as a hand")
-    likeness, places = judge(picture, places[np.argsort(-likeness)[:JUDGED_TWICE]])
-    score, needed = np.minimum(likeness, SURE), np.full(len(places), LEAST_LIKENESS)
+    score, places = classify(picture, places[np.argsort(-score)[:SCORED_TWICE]])
+    rank, needed = np.minimum(score, SURE), np.full(len(places), LEAST_SCORE)
     if bbox is not None:
         off = off_box(places, camera, bbox)
-        score, needed = score - 2 * BOX_MALUS * off, np.where(off < 0.5, -np.inf, np.inf)
+        rank, needed = rank - 2 * BOX_MALUS * off, np.where(off < 0.5, -np.inf, np.inf)
     elif near_uvd is not None:
         nearness = np.maximum(1 - np.linalg.norm(places - hints, axis=1) / TRACK_MM, 0)
-        score, needed = score + TRACK_BONUS * nearness, needed * (1 - nearness)
-    best = np.lexsort((score, likeness >= needed))[-1]
-    likeness, middles = judge(picture, places[best] + NEIGHBOURS_MM, mirrored=True)
+        rank, needed = rank + TRACK_BONUS * nearness, needed * (1 - nearness)
+    best = np.lexsort((rank, score >= needed))[-1]
+    score, middles = classify(picture, places[best] + NEIGHBOURS_MM, mirrored=True)
     middle = middles.mean(0)
-    if likeness.mean() < needed[best]:
+    if score.mean() < needed[best]:
         if bbox is None:
             raise ValueError("nothing in the frame looks like a hand")
         middle = hints[0]
@@ -174,7 +174,7 @@ def candidates(picture):
 
 
 def crops_around(picture, places):
-    """Return what the judge sees of places [N, 3] xyz: [N, CROP_PX, CROP_PX], -1 near to 1 far or nothing."""
+    """Return the classifier's crops [N, CROP_PX, CROP_PX] at places [N, 3] xyz: -1 near, 1 far or nothing."""
     crops = np.empty((len(places), CROP_PX, CROP_PX), np.float32)
     for crop, (u, v, d) in zip(crops, xyz2uvd(places, picture.camera)):
         edge = max(2, round(2 * REACH_MM * picture.camera.fx / d))
@@ -191,9 +191,9 @@ def crops_around(picture, places):
 
 
 @lru_cache
-def load_judge():
-    """Return the trained Judge. Raises UserError where its file is missing or damaged."""
-    network, advice = Judge(), "restore it with git, or run `python -m tools.train_handfinder`"
+def load_classifier():
+    """Return the trained HandClassifier. Raises UserError where its file is missing or damaged."""
+    network, advice = HandClassifier(), "restore it with git, or run `python -m tools.train_handfinder`"
     try:
         network.load_state_dict(load_torch(WEIGHTS)["state_dict"])
     except Exception as error:  # torch raises errors of any kind at changed bytes
@@ -202,15 +202,15 @@ def load_judge():
 
 
 @torch.inference_mode()
-def judge(picture, places, mirrored=False):
-    """Return the likeness of places [N, 3] xyz and the middles of the hands seen there, [N, 3] xyz mm.
+def classify(picture, places, mirrored=False):
+    """Return the score of places [N, 3] xyz and the middles of the hands seen there, [N, 3] xyz mm.
 
     With `mirrored` they are the means over each place's crop and its mirror image.
     """
     crops = torch.from_numpy(crops_around(picture, places))[:, None]
     if mirrored:
         crops = torch.cat([crops, crops.flip(3)])
-    logits, offsets = load_judge()(crops.contiguous(memory_format=torch.channels_last))
+    logits, offsets = load_classifier()(crops.contiguous(memory_format=torch.channels_last))
     logits = logits.double().numpy().reshape(1 + mirrored, len(places))
     offsets = offsets.double().numpy().reshape(1 + mirrored, len(places), 3)
     offsets[1:, :, 0] *= -1

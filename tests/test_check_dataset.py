@@ -352,7 +352,7 @@ def test_without_the_finders_weights_centres_are_not_computed(fresh, script, tmp
     root = fresh("ICVL")
     (root / "icvl_center_train.txt").unlink()
     monkeypatch.setattr(handfinder, "WEIGHTS", tmp_path / "nowhere.pt")
-    handfinder.load_judge.cache_clear()
+    handfinder.load_classifier.cache_clear()
     done = script("check_dataset.py", "--dataset", "ICVL")
     assert done.status == 1 and done.err.startswith("error: the hand finder's ") and "nowhere.pt" in done.err
     assert done.err.count("\n") == 1 and not (root / "train.txt").exists()

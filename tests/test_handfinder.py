@@ -11,7 +11,7 @@ import torch
 from engine.checkpoints import load_checkpoint
 from frames import handfinder
 from frames.cameras import parse_camera, read_depth
-from frames.handfinder import Judge, find_center
+from frames.handfinder import HandClassifier, find_center
 from frames.transforms import Camera, Frame, uvd2xyz, xyz2uvd
 from rendering.hand import NOISE_COLUMNS, Noise, draw_hands, elbow_xyz, joints_xyz, move_to
 from rendering.scene import SCENE_COLUMNS, add_background, render_scene
@@ -135,13 +135,13 @@ LEFT, RIGHT = (-80.0, 0.0, 500.0), (80.0, 0.0, 500.0)
 
 
 def found_side(monkeypatch, left, right, near=LEFT, **hint):
-    """Return which of two palms is found whose likeness the judge is made to give, None where none is."""
+    """Return which of two palms is found whose score the classifier is made to give, None where none is."""
 
-    def judge(picture, places, mirrored=False):
-        likeness = [left if x < -50 else right if x > 50 else -9.0 for x in places[:, 0]]
-        return np.array(likeness), places
+    def classify(picture, places, mirrored=False):
+        score = [left if x < -50 else right if x > 50 else -9.0 for x in places[:, 0]]
+        return np.array(score), places
 
-    monkeypatch.setattr(handfinder, "judge", judge)
+    monkeypatch.setattr(handfinder, "classify", classify)
     depth = disc(disc(np.zeros((240, 320), np.uint16), 121, 120, 20, 500), 199, 120, 20, 500)
     try:
         center_uvd = find_center(
@@ -371,12 +371,12 @@ def test_bodies_without_a_hand_come_nearer_and_closed_hands_are_many():
 
 
 @pytest.mark.slow
-def test_the_judge_learns_from_rendered_frames(tmp_path, capsys, monkeypatch):
+def test_the_classifier_learns_from_rendered_frames(tmp_path, capsys, monkeypatch):
     """The whole way of tools/train_handfinder.py, short: better than saying no everywhere (70%)."""
-    path = tmp_path / "judge.pt"
+    path = tmp_path / "finder.pt"
     monkeypatch.setattr(train_handfinder, "BATCH", 64)
     train_handfinder.main(["--frames", "100", "--epochs", "4", "--out", str(path)])
     right = float(re.findall(r"right ([\d.]+)%", capsys.readouterr().out)[-1])
     assert right > 80
-    judge = Judge()
-    judge.load_state_dict(load_checkpoint(path, ["state_dict"])["state_dict"])
+    network = HandClassifier()
+    network.load_state_dict(load_checkpoint(path, ["state_dict"])["state_dict"])

@@ -1,4 +1,4 @@
-"""Train the network that tells hands from what is no hand (handfinder.Judge) on rendered frames.
+"""Train the network that tells hands from what is no hand (handfinder.HandClassifier) on rendered frames.
 
     python -m tools.train_handfinder
     python -m tools.train_handfinder --init Model/handfinder.pt --frames 3000 --epochs 1 --seed 1
@@ -9,7 +9,7 @@ the last had hands made larger or smaller (SIZE_FACTORS).
 
 Frames of every sensor are rendered with an arm and mostly with a body, half of them with tables, bars, boxes
 and specks; some are cut to a box around the hand, in some a body without a hand comes as near as hands do. Of
-each the judge learns places like those that it will have to judge, and some around the hand.
+each the classifier learns places like those that it will have to score, and some around the hand.
 """
 
 import argparse
@@ -23,7 +23,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from engine.checkpoints import load_checkpoint, save_checkpoint
-from frames.handfinder import CROP_PX, REACH_MM, WEIGHTS, Judge, candidates, coarse_picture, crops_around
+from frames.handfinder import (
+    CROP_PX,
+    REACH_MM,
+    WEIGHTS,
+    HandClassifier,
+    candidates,
+    coarse_picture,
+    crops_around,
+)
 from frames.transforms import Camera, Frame, uvd2xyz
 from rendering.anatomy import GESTURES
 from rendering.hand import Noise, draw_hands, gesture_angles, limits_rad, move_to
@@ -34,7 +42,7 @@ from utils import HelpFormatter, UserError, run, usable_cores
 
 PLACES, NEAR_PLACES = 12, 5  # of a frame: surfaces, and random places around the hand
 HAND_MM, NO_HAND_MM = 60.0, 85.0  # a place nearer to the middle than this is a hand, one farther is not
-OFFSET_MM = 150.0  # so far away the judge has to say where the middle is
+OFFSET_MM = 150.0  # so far away the classifier has to say where the middle is
 LEAST_SEEN = 0.35  # of a hand's surface, for a frame to be used
 SAME_DEPTH_MM = 30.0
 HANDLESS = 0.15  # share of frames without hand and arm, whose bodies come nearer by up to NEARER_MM
@@ -161,7 +169,7 @@ def draw_thing(rng, shape, px_per_mm):
 
 
 def collect(task):
-    """Return what the judge sees of a task's frames, int8 [N, 40, 40], and the way to the hand, [N, 3] mm."""
+    """Return the crops of a task's frames, int8 [N, 40, 40], and the way from each to the hand, [N, 3] mm."""
     name, seed, count = task
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
@@ -252,7 +260,7 @@ def main(argv=None):
     if args.frames < 100 or args.epochs < 1:
         raise UserError("--frames must be 100 or more, --epochs 1 or more")
     torch.manual_seed(args.seed)
-    network = Judge().to(memory_format=torch.channels_last)
+    network = HandClassifier().to(memory_format=torch.channels_last)
     if args.init:
         try:
             network.load_state_dict(load_checkpoint(args.init, ["state_dict"])["state_dict"])
