@@ -27,15 +27,15 @@ SAME_PLACE_MM = 30.0
 
 # The classifier sees a place's surroundings, so far to each side and in depth, as a crop of so many pixels.
 REACH_MM, CROP_PX = 200.0, 40
-SCORED_TWICE = 4
+SCORED_THRICE = 2  # so many places
 LEAST_DEPTH_MM = 80.0  # no middle is taken to be nearer
 
-# The best place is scored once more from here and from its neighbours, and mirrored: the mean of all tells
-# hands from what is none better than one score. Chosen on rendered frames with and without a hand.
+# The last score of a place is the mean over its neighbours and their mirror images, which tells hands from
+# what is none better than one. The least one of a hand was chosen on rendered frames with and without.
 NEIGHBOURS_MM = np.array(
     [(0, 0, 0), (12, 0, 0), (-12, 0, 0), (0, 12, 0), (0, -12, 0), (0, 0, 15), (0, 0, -15)], np.float64
 )
-LEAST_SCORE = 0.3
+LEAST_SCORE = 0.7
 
 # Surely a hand: whatever scores higher is no better.
 SURE = 6.0
@@ -88,10 +88,11 @@ class Picture(NamedTuple):
 def find_center(frame, camera, near_uvd=None, bbox=None):
     """Find the hand; return its middle, uvd: half-way from the classifier's answer to its surface's mean.
 
-    Every place where a surface is as wide as a palm is scored, and the best ones again where they
-    said that the hand's middle is. `near_uvd` is where the hand was in the frame before: places near it are
-    preferred, unless one elsewhere is clearly better. `bbox` (left, top, width, height; px) holds the hand
-    for sure. Raises ValueError, with the reason, where there is no hand.
+    Every place where a surface is as wide as a palm is scored, and the best ones twice more where they
+    said that the hand's middle is; the highest mean of the three scores wins. `near_uvd` is where the hand
+    was in the frame before: places near it are preferred, unless one elsewhere is clearly better. `bbox`
+    (left, top, width, height; px) holds the hand for sure. Raises ValueError, with the reason, where there
+    is no hand.
     """
     picture, hints = coarse_picture(frame, camera), np.zeros((0, 3))
     if not picture.radius_mm.any():
@@ -108,7 +109,14 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
         score, places = (np.concatenate(both) for both in zip((score, places), others))
     if len(places) == 0:
         raise ValueError("no surface is as large as a hand")
-    score, places = classify(picture, places[np.argsort(-score)[:SCORED_TWICE]])
+    likeliest = np.argsort(-score)[:SCORED_THRICE]
+    again, places = classify(picture, places[likeliest])
+    around = (places[:, None] + NEIGHBOURS_MM).reshape(-1, 3)
+    last, middles = (
+        part.reshape(len(places), -1, *part.shape[1:]).mean(1)
+        for part in classify(picture, around, mirrored=True)
+    )
+    score = (score[likeliest] + again + last) / 3
     rank, needed = np.minimum(score, SURE), np.full(len(places), LEAST_SCORE)
     if bbox is not None:
         off = off_box(places, camera, bbox)
@@ -116,10 +124,9 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
     elif near_uvd is not None:
         nearness = np.maximum(1 - np.linalg.norm(places - hints, axis=1) / TRACK_MM, 0)
         rank, needed = rank + TRACK_BONUS * nearness, needed * (1 - nearness)
-    best = np.lexsort((rank, score >= needed))[-1]
-    score, middles = classify(picture, places[best] + NEIGHBOURS_MM, mirrored=True)
-    middle = middles.mean(0)
-    if score.mean() < needed[best]:
+    best = np.lexsort((score, rank, last >= needed))[-1]
+    middle = middles[best]
+    if last[best] < needed[best]:
         if bbox is None:
             raise ValueError("nothing in the frame looks like a hand")
         middle = hints[0]

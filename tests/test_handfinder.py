@@ -135,10 +135,16 @@ LEFT, RIGHT = (-80.0, 0.0, 500.0), (80.0, 0.0, 500.0)
 
 
 def found_side(monkeypatch, left, right, near=LEFT, **hint):
-    """Return which of two palms is found whose score the classifier is made to give, None where none is."""
+    """Return which of two palms is found whose score the classifier is made to give, None where none is.
+
+    A tuple has the scores of one call after the other.
+    """
+    calls = []
 
     def classify(picture, places, mirrored=False):
-        score = [left if x < -50 else right if x > 50 else -9.0 for x in places[:, 0]]
+        sides = [side[len(calls)] if isinstance(side, tuple) else side for side in (left, right)]
+        calls.extend([sides] * (len(places) > 0))
+        score = [sides[0] if x < -50 else sides[1] if x > 50 else -9.0 for x in places[:, 0]]
         return np.array(score), places
 
     monkeypatch.setattr(handfinder, "classify", classify)
@@ -170,6 +176,19 @@ def test_a_clearly_better_place_wins_over_the_tracked_one(left, right, found, mo
 def test_what_is_found_looks_enough_like_a_hand(monkeypatch):
     assert found_side(monkeypatch, 0.8, -5.0, near=None) == "left"
     assert found_side(monkeypatch, 0.2, -5.0, near=None) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "found"),
+    [
+        (7.0, 11.0, "right"),  # both are surely hands
+        (11.0, 7.0, "left"),
+        ((9.0, 0.0, 1.0), 5.0, "right"),  # one of three scores alone is not enough
+        (5.0, (9.0, 9.0, -1.0), "left"),  # the last one, of all around, must be a hand's
+    ],
+)
+def test_the_best_of_several_places_is_taken(left, right, found, monkeypatch):
+    assert found_side(monkeypatch, left, right, near=None) == found
 
 
 def test_a_box_says_which_surface_is_the_hand(monkeypatch):
