@@ -26,7 +26,7 @@ from evaluate import plot_errors, read_joints
 from frames.cameras import parse_camera, read_depth
 from frames.drawing import draw_crop, write_picture
 from frames.transforms import joints_to_crop
-from prediction.estimator import HandPoseEstimator
+from prediction.estimator import SHIPPED_MODEL, HandPoseEstimator
 from prediction.output import draw_overlay, finger_chains
 from rendering.layouts import write_dataset
 from utils import UserError, usable_cores
@@ -123,13 +123,16 @@ def main():
     train_set, test_set = load_or_render()
     options = parse_train("", [*COMMON, *TRAINING])
     train_on_cores([*COMMON, *TRAINING])
-    predicted_uvd = test(parse_test("", COMMON)).joints_uvd
-    true_xyz = read_joints(DATA / "frame" / "test_annotation.txt", test_set.joint_number)
-    errors_mm = {
-        "network": joint_errors_mm(test_set.uvd2xyz(predicted_uvd), true_xyz),
-        "mean pose": joint_errors_mm(mean_pose(train_set, test_set), true_xyz),
+    predicted_uvd = {
+        "network": test(parse_test("", COMMON)).joints_uvd,
+        "model that ships": test(parse_test("", [*COMMON, "--model", str(SHIPPED_MODEL)])).joints_uvd,
     }
-    write_picture(PICTURES / "frames.png", draw_frames(test_set, (test_set.xyz2uvd(true_xyz), predicted_uvd)))
+    true_xyz = read_joints(DATA / "frame" / "test_annotation.txt", test_set.joint_number)
+    predicted_xyz = {name: test_set.uvd2xyz(uvd) for name, uvd in predicted_uvd.items()}
+    predicted_xyz["mean pose"] = mean_pose(train_set, test_set)
+    errors_mm = {name: joint_errors_mm(xyz, true_xyz) for name, xyz in predicted_xyz.items()}
+    rows_uvd = (test_set.xyz2uvd(true_xyz), *predicted_uvd.values())
+    write_picture(PICTURES / "frames.png", draw_frames(test_set, rows_uvd))
     plot_errors(PICTURES / "errors.png", errors_mm, PROTOCOLS["HAND17"].joint_names, "Rendered hands")
     network = load_network(checkpoint_path(run_name(options), "final"), "HAND17")
     _, _, val_set, _ = open_splits(options)
@@ -139,7 +142,8 @@ def main():
         print(
             f"{name}: mean error {error_mm.mean():.1f} mm on {len(error_mm)} frames that were not trained on"
         )
-    print(f"pictures: frames.png (true above predicted), errors.png and heatmaps.png in {PICTURES}")
+    print("pictures: frames.png (true joints; the network's; those of the model that ships), errors.png and")
+    print(f"heatmaps.png in {PICTURES}")
 
 
 if __name__ == "__main__":
