@@ -109,7 +109,8 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
         score, places = (np.concatenate(both) for both in zip((score, places), others))
     if len(places) == 0:
         raise ValueError("no surface is as large as a hand")
-    likeliest = np.argsort(-score)[:SCORED_THRICE]
+    likeliest = np.lexsort((score, np.minimum(score, SURE) + hinted(places, camera, hints, bbox)[0]))
+    likeliest = likeliest[::-1][:SCORED_THRICE]
     again, places = classify(picture, places[likeliest])
     around = (places[:, None] + NEIGHBOURS_MM).reshape(-1, 3)
     last, middles = (
@@ -117,20 +118,28 @@ def find_center(frame, camera, near_uvd=None, bbox=None):
         for part in classify(picture, around, mirrored=True)
     )
     score = (score[likeliest] + again + last) / 3
-    rank, needed = np.minimum(score, SURE), np.full(len(places), LEAST_SCORE)
-    if bbox is not None:
-        off = off_box(places, camera, bbox)
-        rank, needed = rank - 2 * BOX_MALUS * off, np.where(off < 0.5, -np.inf, np.inf)
-    elif near_uvd is not None:
-        nearness = np.maximum(1 - np.linalg.norm(places - hints, axis=1) / TRACK_MM, 0)
-        rank, needed = rank + TRACK_BONUS * nearness, needed * (1 - nearness)
-    best = np.lexsort((score, rank, last >= needed))[-1]
+    worth, needed = hinted(places, camera, hints, bbox)
+    best = np.lexsort((score, np.minimum(score, SURE) + worth, last >= needed))[-1]
     middle = middles[best]
     if last[best] < needed[best]:
         if bbox is None:
             raise ValueError("nothing in the frame looks like a hand")
         middle = hints[0]
     return xyz2uvd((middle + surface_around(picture, middle, camera, bbox)) / 2, camera)
+
+
+def hinted(places, camera, hints, bbox):
+    """Return what a hint adds to the scores of places [N, 3] xyz, and the last score needed there, both [N].
+
+    `hints` [0 or 1, 3] xyz is where the hand was, or the middle of what is in a box.
+    """
+    if bbox is not None:
+        off = off_box(places, camera, bbox)
+        return -2 * BOX_MALUS * off, np.where(off < 0.5, -np.inf, np.inf)
+    nearness = np.zeros(len(places))
+    if len(hints):
+        nearness = np.maximum(1 - np.linalg.norm(places - hints, axis=1) / TRACK_MM, 0)
+    return TRACK_BONUS * nearness, LEAST_SCORE * (1 - nearness)
 
 
 def off_box(xyz, camera, bbox):

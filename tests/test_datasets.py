@@ -254,7 +254,7 @@ def test_test_labels_are_in_the_order_of_the_index(indexed):
         test_labels_uvd("HAND17", indexed("HAND17"))
 
 
-def test_a_damaged_test_label_is_left_out_of_the_errors_alone(fresh_indexed, capsys, monkeypatch):
+def test_a_damaged_test_label_is_left_out_of_the_errors_alone(fresh_indexed, capsys):
     root = fresh_indexed("NYU")
     first, second = (root / "test.txt").read_text().splitlines()
     (root / "test.txt").write_text(first + "\n" + second.rpartition(" ")[0] + " nan\n")

@@ -173,6 +173,11 @@ def test_a_clearly_better_place_wins_over_the_tracked_one(left, right, found, mo
     assert found_side(monkeypatch, left, right) == found
 
 
+def test_the_tracked_place_stays_among_several_that_score_a_little_higher(monkeypatch):
+    monkeypatch.setattr(handfinder, "candidates", lambda _: np.array([LEFT, RIGHT, (80.0, 60.0, 500.0)]))
+    assert found_side(monkeypatch, 3.0, 3.5) == "left"
+
+
 def test_what_is_found_looks_enough_like_a_hand(monkeypatch):
     assert found_side(monkeypatch, 0.8, -5.0, near=None) == "left"
     assert found_side(monkeypatch, 0.2, -5.0, near=None) is None
