@@ -88,14 +88,19 @@ def test(args):
     if len(refused) == len(dataset):
         raise UserError(f"{name}: none of {len(dataset)} frames can be used: {refused[0]}")
     print(f"{name}: {len(dataset) / (time.perf_counter() - started):.1f} frames a second on {device}")
-    for error in refused[:10]:
-        print(f"warning: {error}; its joints are written as zeros")
-    if len(refused) > 10:
-        print(f"warning: so are those of {len(refused) - 10} more frames")
+    warn_of(refused, "its joints are written as zeros")
     lines = result_lines(dataset, joints_uvd)
     write_results(Path("Result", f"{name}.txt"), lines)
     labels_uvd = test_labels_uvd(args.dataset, args.data_dir, **fold) if dataset.test_labels else None
     return Tested(lines, joints_uvd, labels_uvd, refused)
+
+
+def warn_of(errors, result):
+    """Print what is wrong with the first ten frames, what comes of it, and how many more there are."""
+    for error in errors[:10]:
+        print(f"warning: {error}; {result}")
+    if len(errors) > 10:
+        print(f"warning: so are those of {len(errors) - 10} more frames")
 
 
 def test_and_evaluate(args):
@@ -157,14 +162,18 @@ def test_parts(name, data_dir=None, subject=None):
 def test_labels_uvd(name, data_dir=None, subject=None):
     """Return the labels [N, J, 3] of `test_parts`, uvd, in the order of the result file.
 
-    A damaged label is named and becomes zeros, which evaluation leaves out. Raises UserError as `test_parts`.
+    A damaged label is named and becomes zeros, which evaluation leaves out. Raises UserError as `test_parts`,
+    and where all are damaged.
     """
-    labels_uvd = []
+    labels_uvd, damaged = [], []
     for part in test_parts(name, data_dir, subject):
         for index in range(len(part)):
             try:
                 labels_uvd.append(part.joints_uvd(part.line(index)))
             except FrameError as error:
-                print(f"warning: {error}; the frame is left out of the errors")
+                damaged.append(error)
                 labels_uvd.append(np.zeros((part.joint_number, 3)))
+    if len(damaged) == len(labels_uvd):
+        raise UserError(f"{damaged[0]}; no other test label of {name} can be read either")
+    warn_of(damaged, "its joints are left out of the errors")
     return np.stack(labels_uvd)

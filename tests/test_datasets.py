@@ -260,9 +260,12 @@ def test_a_damaged_test_label_is_left_out_of_the_errors_alone(fresh_indexed, cap
     (root / "test.txt").write_text(first + "\n" + second.rpartition(" ")[0] + " nan\n")
     labels = test_labels_uvd("NYU", root)
     assert labels.shape == (2, 14, 3) and labels[0].all() and not labels[1].any()
-    assert "the frame is left out of the errors" in capsys.readouterr().out
+    assert "its joints are left out of the errors" in capsys.readouterr().out
     errors_mm, _ = measure_errors(PROTOCOLS["NYU"], labels + 1.0, labels)
     assert np.isfinite(errors_mm[0]).all() and not np.isfinite(errors_mm[1:]).any()
+    (root / "test.txt").write_text(second.rpartition(" ")[0] + " nan\n")
+    with pytest.raises(UserError, match="no other test label of NYU can be read"):
+        test_labels_uvd("NYU", root)
 
 
 def test_labels_need_no_centre_file_beside_a_cache(fresh_indexed):
