@@ -31,6 +31,7 @@ from utils import UserError, start_worker
 
 SPLITS = ("train", "test")
 CHUNK = 25  # frames that one task renders
+EVERY_SENSOR = "every"
 # Training and test frames, so that no subject or sequence is empty.
 FEWEST = {"NYU": (1, 1), "ICVL": (1, 2), "MSRA": (8, 1), "HAND17": (1, 1)}
 # Three times as fast as OpenCV's defaults at this level, and smaller.
@@ -58,9 +59,23 @@ class Rendered(NamedTuple):
     rect: tuple  # left, top, width, height of the hand's pixels
 
 
-def render_frames(layout: str, seed: int, split: str, numbers: range) -> list[Rendered]:
-    """Render frames `numbers` (from 0) of a split with the sensor of SENSORS[layout]."""
-    sensor = SENSORS[layout]
+def sensor_of(layout: str, kind: str | None, number: int) -> Sensor:
+    """Return how frame `number` of a layout is measured: as SENSORS[kind] does, in the layout's pictures.
+
+    `kind` None: by the layout's own sensor; EVERY_SENSOR: by all of SENSORS in turn, CHUNK frames each.
+    """
+    own, kinds = SENSORS[layout], [*SENSORS]
+    if kind == EVERY_SENSOR:
+        kind = kinds[number // CHUNK % len(kinds)]
+    pictures = {name: getattr(own, name) for name in ("camera", "size_px", "unit_mm", "missing_mm", "left")}
+    return SENSORS[kind or layout]._replace(**pictures)
+
+
+def render_frames(
+    layout: str, seed: int, split: str, numbers: range, kind: str | None = None
+) -> list[Rendered]:
+    """Render frames `numbers` (from 0, of one CHUNK) of a split as `sensor_of` the first says."""
+    sensor = sensor_of(layout, kind, numbers[0])
     generators = [np.random.default_rng([seed, SPLITS.index(split), number]) for number in numbers]
     uniform = torch.from_numpy(np.stack([rng.random(SCENE_COLUMNS, np.float32) for rng in generators]))
     scenes = draw_scenes(uniform, sensor)
@@ -236,12 +251,14 @@ def _write_msra(folder: Path, paths: list, joints: np.ndarray) -> None:
         (folder / parent / "joint.txt").write_text(f"{len(rows)}\n{_text(rows)}")
 
 
-def write_chunk(layout: str, seed: int, folder: Path, split: str, numbers: range) -> list[tuple]:
+def write_chunk(
+    layout: str, seed: int, folder: Path, kind: str | None, split: str, numbers: range
+) -> list[tuple]:
     """Render and write frames; return their (joints, centre, rect)."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     labels = []
-    for number, frame in zip(numbers, render_frames(layout, seed, split, numbers)):
+    for number, frame in zip(numbers, render_frames(layout, seed, split, numbers, kind)):
         path = folder / frame_path(layout, split, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(layout, frame))
@@ -267,14 +284,16 @@ def process_map(processes: int):
             pool.shutdown(cancel_futures=True)
 
 
-def write_frames(layout: str, seed: int, counts: dict, folder: Path, processes: int) -> None:
+def write_frames(
+    layout: str, seed: int, counts: dict, folder: Path, processes: int, kind: str | None = None
+) -> None:
     """Render and write all frames and labels."""
     tasks = [
         (split, range(start, min(start + CHUNK, counts[split])))
         for split in SPLITS
         for start in range(0, counts[split], CHUNK)
     ]
-    write, labels = partial(write_chunk, layout, seed, folder), {split: [] for split in SPLITS}
+    write, labels = partial(write_chunk, layout, seed, folder, kind), {split: [] for split in SPLITS}
     with (
         tqdm(total=sum(counts.values()), desc=layout, unit="frame", mininterval=0.5) as bar,
         process_map(min(processes, len(tasks))) as mapped,
@@ -287,8 +306,10 @@ def write_frames(layout: str, seed: int, counts: dict, folder: Path, processes: 
         write_labels(layout, folder, split, np.stack(joints), np.stack(centers), rects)
 
 
-def write_dataset(layout: str, counts: dict, seed: int, out: Path, processes: int) -> None:
-    """Write a whole data set to `out`, which must not exist.
+def write_dataset(
+    layout: str, counts: dict, seed: int, out: Path, processes: int, kind: str | None = None
+) -> None:
+    """Write a whole data set to `out`, which must not exist; `kind` of sensor as in `sensor_of`.
 
     It is written to `out`.partial and renamed when complete; on failure nothing stays. Raises UserError.
     """
@@ -298,7 +319,7 @@ def write_dataset(layout: str, counts: dict, seed: int, out: Path, processes: in
     try:
         unfinished.mkdir(parents=True)
         try:
-            write_frames(layout, seed, counts, unfinished, processes)
+            write_frames(layout, seed, counts, unfinished, processes, kind)
             unfinished.rename(out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
