@@ -48,38 +48,50 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
 
     `hint` is (centre uvd, box), both for every frame, None where not known.
     """
-    good, count, seconds, asked = 0, 0, 0.0, set()
+    good, count, started, asked = 0, 0, time.perf_counter(), set()
     for files in sequences:
-        near_uvd = None
-        for path, reading in read_ahead(files, depth_camera):
-            started, depth_mm = time.perf_counter(), None
-            try:
-                depth_mm = reading.result()
+        for path, locating in locate_ahead(files, estimator, depth_camera, hint):
+            depth_mm, place = locating.result()
+            if depth_mm is not None:
                 for doubt in doubts_about(depth_camera, depth_mm.shape[::-1]):
                     if doubt not in asked:
                         say(f"warning: {doubt}", sys.stderr)
                     asked.add(doubt)
-                pose = estimator(depth_mm, *hint, near_uvd)
-            except (FrameError, ValueError) as error:
-                pose = no_hand(getattr(error, "reason", error))
-            seconds += time.perf_counter() - started
+            (pose,) = estimator.predict([place])
             if pose.reason:
                 say(f"warning: {path}: {pose.reason}", sys.stderr)
-            good, count, near_uvd = good + (pose.reason is None), count + 1, pose.center_uvd
+            good, count = good + (pose.reason is None), count + 1
             writer.write(path, depth_mm, pose)
+    seconds = time.perf_counter() - started
     speed = f", {count / seconds:.1f} frames a second on {estimator.device}" if good else ""
     say(f"{good} of {count} frames have joints{speed}")
     say(f"{writer.out}: {', '.join(writer.names)}")
     return good
 
 
-def read_ahead(files, depth_camera):
-    """Yield each file and the future of its depth; while it is in use, the next file is read."""
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read_depth, files[0], depth_camera)
+def locate_ahead(files, estimator, depth_camera, hint):
+    """Yield each file of a sequence and the future of (its depth [H, W] mm or None, what `locate` returns).
+
+    While a frame is in use, a thread reads the next one and finds the hand there, near where it was.
+    """
+    near_uvd = None
+
+    def locate(path):
+        nonlocal near_uvd
+        depth_mm = None
+        try:
+            depth_mm = read_depth(path, depth_camera)
+            place = estimator.locate(depth_mm, *hint, near_uvd)
+        except (FrameError, ValueError) as error:
+            place = no_hand(getattr(error, "reason", error))
+        near_uvd = place.center_uvd
+        return depth_mm, place
+
+    with ThreadPoolExecutor(1) as locator:
+        ahead = locator.submit(locate, files[0])
         for path, following in zip_longest(files, files[1:]):
-            reading, ahead = ahead, following and reader.submit(read_depth, following, depth_camera)
-            yield path, reading
+            locating, ahead = ahead, following and locator.submit(locate, following)
+            yield path, locating
 
 
 if __name__ == "__main__":

@@ -124,7 +124,11 @@ class HandPoseEstimator:
         Raises ValueError where a frame is no depth picture.
         """
         hints = ([None] * len(frames) if hint is None else hint for hint in (centers_uvd, bboxes, near_uvd))
-        poses = [self._locate(*hint) for hint in zip(frames, *hints, strict=True)]
+        return self.predict([self.locate(*hint) for hint in zip(frames, *hints, strict=True)])
+
+    def predict(self, located):
+        """Return a list of HandPose, one for each of what `locate` returned."""
+        poses = list(located)
         hands = [index for index, place in enumerate(poses) if isinstance(place, Place)]
         if not hands:
             return poses
@@ -138,8 +142,13 @@ class HandPoseEstimator:
             poses[index] = self._pose(*output)
         return poses
 
-    def _locate(self, depth_mm, center_uvd, bbox, near_uvd):
-        """Return the Place of the hand in a frame, or the HandPose that says that there is none."""
+    def locate(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
+        """Return the Place of the hand in a frame, or the HandPose that says that there is none.
+
+        The first half of `__call__`, of whose arguments it takes all: it finds the hand and cuts it out. Of a
+        sequence a thread can do it for the next frame (near_uvd: the last Place's center_uvd) while `predict`
+        runs the network. Raises ValueError as `__call__`.
+        """
         try:
             depth_mm, camera = check_depth(depth_mm, size_px=self.size_px), self.camera
         except OutOfReachError as error:

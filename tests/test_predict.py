@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import cv2
@@ -114,7 +115,7 @@ def test_the_crop_is_the_data_sets_to_the_last_bit(fresh_indexed):
     dataset = DATASETS["NYU"](path=fresh_indexed("NYU"), dataset="test", test_only=True, **sizes)
     estimator = HandPoseEstimator(save_network(Path("small.pt"), 14, dataset="NYU"), "NYU", device="cpu")
     depth_mm = read_depth(dataset.frame_path(0), PRESETS["NYU"])
-    own = estimator._locate(depth_mm, dataset.center_uvd(dataset.line(0)), None, None).crop
+    own = estimator.locate(depth_mm, dataset.center_uvd(dataset.line(0))).crop
     for ours, theirs in zip(own, dataset.sample(0), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -237,14 +238,37 @@ def test_within_a_sequence_the_last_centre_is_handed_on(tmp_path):
     files = [[write_png(tmp_path / name / f"{k}.png", hand_frame()) for k in (1, 2)] for name in "ab"]
     asked = []
 
-    def estimator(depth_mm, center_uvd, bbox, near_uvd):
+    def locate(depth_mm, center_uvd, bbox, near_uvd):
         asked.append(near_uvd)
         return HandPose(None, None, None, len(asked))
 
-    estimator.device = "cpu"
+    estimator = SimpleNamespace(locate=locate, predict=list, device="cpu")
     writer = SimpleNamespace(write=lambda *_: None, out=tmp_path, names=[])
     assert predict_all(estimator, parse_camera(CAMERA_TEXT), files, (None, None), writer) == 4
     assert asked == [None, 1, None, 3]
+
+
+def test_the_next_frame_is_located_while_one_is_predicted(tmp_path):
+    files = [write_png(tmp_path / f"{k}.png", hand_frame()) for k in (1, 2, 3)]
+    located = [Event() for _ in files]
+
+    def locate(*_):
+        number = [event.is_set() for event in located].index(False)
+        located[number].set()
+        return HandPose(None, None, None, number)
+
+    def predict(places):
+        following = min(places[0].center_uvd + 1, 2)
+        assert located[following].wait(10)
+        return places
+
+    estimator = SimpleNamespace(locate=locate, predict=predict, device="cpu")
+    written = []
+    writer = SimpleNamespace(
+        write=lambda path, _, pose: written.append((path, pose.center_uvd)), out=tmp_path, names=[]
+    )
+    predict_all(estimator, parse_camera(CAMERA_TEXT), [files], (None, None), writer)
+    assert written == [(path, number) for number, path in enumerate(files)]
 
 
 def test_pictures_of_an_earlier_run_go(workplace, model, script):

@@ -20,7 +20,17 @@ from datasets import DATASETS
 from frames.transforms import xyz2uvd
 from rendering import layouts
 from rendering.hand import joints_xyz
-from rendering.layouts import FINGERS, frame_path, icvl_joints, nyu_joints, write_dataset
+from rendering.layouts import (
+    CHUNK,
+    EVERY_SENSOR,
+    FINGERS,
+    frame_path,
+    icvl_joints,
+    nyu_joints,
+    render_frames,
+    sensor_of,
+    write_dataset,
+)
 from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
 from rendering.sensor import SENSORS, measure
 from utils import UserError
@@ -139,6 +149,25 @@ def test_a_frame_does_not_depend_on_how_many_are_rendered(layout, roots, tmp_pat
     write_dataset(layout, {"train": 9, "test": 3}, 8, tmp_path / "other", 1)
     name = frame_path(layout, "train", 0)
     assert (tmp_path / "few" / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_every_sensor_in_turn_measures_one_layout_s_pictures():
+    for turn, (name, sensor) in enumerate(SENSORS.items()):
+        numbers = range(CHUNK * turn, CHUNK * turn + 1)
+        (every,), (own,) = (render_frames("ICVL", 5, "train", numbers, kind) for kind in (EVERY_SENSOR, name))
+        np.testing.assert_array_equal(every.depth_mm, own.depth_mm)
+        assert every.depth_mm.shape == (240, 320)
+        kind = sensor_of("ICVL", name, 0)
+        assert kind.camera == SENSORS["ICVL"].camera and kind.missing_mm == 0 and kind.left == 1
+        assert (kind.hand_mm, kind.noise_per_m2) == (sensor.hand_mm, sensor.noise_per_m2)
+    assert sensor_of("NYU", None, CHUNK) == SENSORS["NYU"]
+
+
+def test_the_checker_accepts_another_sensor_s_frames(workplace, script):
+    command = "--layout HAND17 --sensor MSRA --train 3 --test 2 --num_workers 1 --out Data/HAND17".split()
+    assert script("synthetic.py", *command).status == 0
+    done = script("check_dataset.py", "--dataset", "HAND17")
+    assert done.status == 0 and "3 of 3 frames accepted" in done.out
 
 
 def test_test_and_training_frames_differ(roots):
