@@ -12,19 +12,30 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
+from typing import NamedTuple
+
+import numpy as np
 
 import utils  # first: torch reads the threads' settings when it is imported
 from engine.inference import limit_threads
 from engine.options import parse_predict
 from frames.cameras import doubts_about, list_frames, read_depth
 from frames.files import FrameError
-from prediction.estimator import HandPose, HandPoseEstimator, no_hand
+from prediction.estimator import HandPose, HandPoseEstimator, Place, no_hand
 from prediction.output import PredictionWriter
 from utils import say
 
 __all__ = ["HandPose", "HandPoseEstimator"]
 
 SOME_FAILED = 3
+
+
+class Located(NamedTuple):
+    """A frame's depth [H, W] mm, or None, doubts about the camera, and what HandPoseEstimator.locate says."""
+
+    depth_mm: np.ndarray | None
+    doubts: list
+    place: Place | HandPose
 
 
 def main(argv=None):
@@ -51,12 +62,11 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
     good, count, started, asked = 0, 0, time.perf_counter(), set()
     for files in sequences:
         for path, locating in locate_ahead(files, estimator, depth_camera, hint):
-            depth_mm, place = locating.result()
-            if depth_mm is not None:
-                for doubt in doubts_about(depth_camera, depth_mm.shape[::-1]):
-                    if doubt not in asked:
-                        say(f"warning: {doubt}", sys.stderr)
-                    asked.add(doubt)
+            depth_mm, doubts, place = locating.result()
+            for doubt in doubts:
+                if doubt not in asked:
+                    say(f"warning: {doubt}", sys.stderr)
+                asked.add(doubt)
             (pose,) = estimator.predict([place])
             if pose.reason:
                 say(f"warning: {path}: {pose.reason}", sys.stderr)
@@ -70,7 +80,7 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
 
 
 def locate_ahead(files, estimator, depth_camera, hint):
-    """Yield each file of a sequence and the future of (its depth [H, W] mm or None, what `locate` returns).
+    """Yield each file of a sequence and the future of its Located.
 
     While a frame is in use, a thread reads the next one and finds the hand there, near where it was.
     """
@@ -78,14 +88,15 @@ def locate_ahead(files, estimator, depth_camera, hint):
 
     def locate(path):
         nonlocal near_uvd
-        depth_mm = None
+        depth_mm, doubts = None, []
         try:
             depth_mm = read_depth(path, depth_camera)
+            doubts = doubts_about(depth_camera, depth_mm.shape[::-1])
             place = estimator.locate(depth_mm, *hint, near_uvd)
         except (FrameError, ValueError) as error:
             place = no_hand(getattr(error, "reason", error))
         near_uvd = place.center_uvd
-        return depth_mm, place
+        return Located(depth_mm, doubts, place)
 
     with ThreadPoolExecutor(1) as locator:
         ahead = locator.submit(locate, files[0])

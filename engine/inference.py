@@ -5,7 +5,6 @@ import os
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -44,16 +43,6 @@ class PlainInstanceNorm(nn.Module):
         return torch.addcmul(self.bias[:, None, None], x, scale)
 
 
-class FrameNorm(PlainInstanceNorm):
-    """The instance norm of a single frame as batch norm, whose statistics are the same: a sixth less time."""
-
-    def forward(self, x):
-        """Normalise each channel of [B, F, H, W] over its pixels, for B > 1 as PlainInstanceNorm."""
-        if len(x) > 1:
-            return super().forward(x)
-        return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-
-
 def _mean(x):
     """Return the mean over a picture's pixels, [B, F, 1, 1].
 
@@ -68,13 +57,6 @@ def _mean(x):
 def replace_norms(network):
     """Put a PlainInstanceNorm in the place of every instance norm of a network."""
     replace(network, lambda module: isinstance(module, nn.InstanceNorm2d), PlainInstanceNorm)
-
-
-def with_frame_norms(network):
-    """Return a copy of a network with a FrameNorm in the place of every PlainInstanceNorm."""
-    other = copy.deepcopy(network)
-    replace(other, lambda module: isinstance(module, PlainInstanceNorm), FrameNorm)
-    return other
 
 
 def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
@@ -120,8 +102,7 @@ def faster_forwards(network, inputs, frames):
         tqdm.write(f"compiling the network, which {frames} frames repay")
     fast = cache(lambda: compile_for(network, inputs) if compiling else network)
     if device.type == "cpu":
-        single = [lambda: with_frame_norms(network)] * (len(inputs[0]) == 1)
-        return [fast] if compiling else single
+        return [fast] * compiling
     half = lambda: within(lambda: torch.autocast(device.type, torch.bfloat16), fast())  # noqa: E731
     return [half, fast] if torch.cuda.get_device_capability(device) >= (8, 0) else [fast]
 

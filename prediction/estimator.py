@@ -58,14 +58,16 @@ class HandPose(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a hand is in a frame, as the network sees it (a left hand's frame mirrored), and its crop there.
+    """Where a hand is in a frame (`center_uvd` [3]: column px, row px, depth mm), and its crop there.
 
+    `seen_uvd`, `frame`, `camera` and `crop` are as the network sees them: a left hand's are mirrored.
     `guessed`: neither centre nor box was given; a second crop may be cut around the first prediction.
     """
 
+    center_uvd: np.ndarray
+    seen_uvd: np.ndarray
     frame: Frame
     camera: Camera
-    center_uvd: np.ndarray
     crop: UnlabelledSample
     guessed: bool
 
@@ -127,17 +129,17 @@ class HandPoseEstimator:
         return self.predict([self.locate(*hint) for hint in zip(frames, *hints, strict=True)])
 
     def predict(self, located):
-        """Return a list of HandPose, one for each of what `locate` returned."""
+        """Return a list of HandPose for a list of what `locate` returned: Place, or HandPose, which stays."""
         poses = list(located)
         hands = [index for index, place in enumerate(poses) if isinstance(place, Place)]
         if not hands:
             return poses
         places = [poses[index] for index in hands]
-        uvd, confidence = self._predict([place.crop for place in places])
+        uvd, confidence = self._run_network([place.crop for place in places])
         better = [self._improved(*found) for found in zip(places, uvd)]
         again = [k for k, place in enumerate(better) if place is not places[k]]
         if again:
-            uvd[again], confidence[again] = self._predict([better[k].crop for k in again])
+            uvd[again], confidence[again] = self._run_network([better[k].crop for k in again])
         for index, *output in zip(hands, better, uvd, confidence):
             poses[index] = self._pose(*output)
         return poses
@@ -145,9 +147,9 @@ class HandPoseEstimator:
     def locate(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
         """Return the Place of the hand in a frame, or the HandPose that says that there is none.
 
-        The first half of `__call__`, of whose arguments it takes all: it finds the hand and cuts it out. Of a
-        sequence a thread can do it for the next frame (near_uvd: the last Place's center_uvd) while `predict`
-        runs the network. Raises ValueError as `__call__`.
+        The first half of `__call__`, with the same arguments: it finds the hand and cuts it out. A thread can
+        do this for a sequence's next frame (near_uvd: the last Place's center_uvd) while `predict` runs the
+        network. Raises ValueError as `__call__`.
         """
         try:
             depth_mm, camera = check_depth(depth_mm, size_px=self.size_px), self.camera
@@ -180,7 +182,7 @@ class HandPoseEstimator:
         """Return the Place around the hand that a first prediction shows, which may be the same."""
         if place.guessed:
             middle_uvd = middle_of_hand(place.crop, uvd)
-            moved_mm = np.linalg.norm(np.subtract(*uvd2xyz([middle_uvd, place.center_uvd], place.camera)))
+            moved_mm = np.linalg.norm(np.subtract(*uvd2xyz([middle_uvd, place.seen_uvd], place.camera)))
             if moved_mm > SECOND_PASS_MM:
                 with suppress(ValueError):  # no hand can be there
                     return self._around(place.frame, place.camera, middle_uvd)
@@ -201,10 +203,11 @@ class HandPoseEstimator:
         label_size = self.network.param["label_size"]
         sizes = {"image_size": 2 * label_size, "label_size": label_size}
         crop = prepare_crop(frame, center_uvd, self.cube_mm, camera, window=window, **sizes)
-        return Place(frame, camera, center_uvd, crop, guessed)
+        given_uvd = mirrored(center_uvd, frame.rect.right) if self.hand == "left" else center_uvd
+        return Place(given_uvd, center_uvd, frame, camera, crop, guessed)
 
     @torch.inference_mode()
-    def _predict(self, crops):
+    def _run_network(self, crops):
         """Return normalised joints [B, J, 3] and confidences [B, J] of a list of crops."""
         samples = to_device(UnlabelledSample(*map(torch.stack, zip(*crops))), self.device)
         output = self._forward(samples.img, samples.label_img, samples.mask)
@@ -218,16 +221,15 @@ class HandPoseEstimator:
 
     def _pose(self, place, uvd, confidence):
         """Return the HandPose of a crop's normalised joints; a left hand is mirrored back."""
-        crop, center_uvd = place.crop, place.center_uvd
+        crop = place.crop
         joints_uvd = recover_uvd(uvd, float(crop.box_size), float(crop.cube_size), crop.com.numpy())
         joints_xyz = uvd2xyz(joints_uvd, place.camera)
         if not np.isfinite(joints_xyz).all():
             return no_hand("the model's answer is not finite")
         if self.hand == "left":
             width = place.frame.rect.right
-            joints_xyz = joints_xyz * (-1, 1, 1)
-            joints_uvd, center_uvd = mirrored(joints_uvd, width), mirrored(center_uvd, width)
-        return HandPose(joints_xyz, joints_uvd, confidence, center_uvd)
+            joints_xyz, joints_uvd = joints_xyz * (-1, 1, 1), mirrored(joints_uvd, width)
+        return HandPose(joints_xyz, joints_uvd, confidence, place.center_uvd)
 
 
 def mirrored(uvd, width):

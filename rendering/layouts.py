@@ -59,23 +59,24 @@ class Rendered(NamedTuple):
     rect: tuple  # left, top, width, height of the hand's pixels
 
 
-def sensor_of(layout: str, kind: str | None, number: int) -> Sensor:
-    """Return how frame `number` of a layout is measured: as SENSORS[kind] does, in the layout's pictures.
+def sensor_of(layout: str, sensor_name: str | None, number: int) -> Sensor:
+    """Return what measures frame `number` of a layout: SENSORS[sensor_name], but in the layout's pictures.
 
-    `kind` None: by the layout's own sensor; EVERY_SENSOR: by all of SENSORS in turn, CHUNK frames each.
+    None: the layout's own; EVERY_SENSOR: all of SENSORS in turn, CHUNK frames each. Widths given in pixels
+    stay as many pixels.
     """
-    own, kinds = SENSORS[layout], [*SENSORS]
-    if kind == EVERY_SENSOR:
-        kind = kinds[number // CHUNK % len(kinds)]
+    own, names = SENSORS[layout], [*SENSORS]
+    if sensor_name == EVERY_SENSOR:
+        sensor_name = names[number // CHUNK % len(names)]
     pictures = {name: getattr(own, name) for name in ("camera", "size_px", "unit_mm", "missing_mm", "left")}
-    return SENSORS[kind or layout]._replace(**pictures)
+    return SENSORS[sensor_name or layout]._replace(**pictures)
 
 
 def render_frames(
-    layout: str, seed: int, split: str, numbers: range, kind: str | None = None
+    layout: str, seed: int, split: str, numbers: range, sensor_name: str | None = None
 ) -> list[Rendered]:
     """Render frames `numbers` (from 0, of one CHUNK) of a split as `sensor_of` the first says."""
-    sensor = sensor_of(layout, kind, numbers[0])
+    sensor = sensor_of(layout, sensor_name, numbers[0])
     generators = [np.random.default_rng([seed, SPLITS.index(split), number]) for number in numbers]
     uniform = torch.from_numpy(np.stack([rng.random(SCENE_COLUMNS, np.float32) for rng in generators]))
     scenes = draw_scenes(uniform, sensor)
@@ -252,13 +253,13 @@ def _write_msra(folder: Path, paths: list, joints: np.ndarray) -> None:
 
 
 def write_chunk(
-    layout: str, seed: int, folder: Path, kind: str | None, split: str, numbers: range
+    layout: str, seed: int, folder: Path, sensor_name: str | None, split: str, numbers: range
 ) -> list[tuple]:
     """Render and write frames; return their (joints, centre, rect)."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     labels = []
-    for number, frame in zip(numbers, render_frames(layout, seed, split, numbers, kind)):
+    for number, frame in zip(numbers, render_frames(layout, seed, split, numbers, sensor_name)):
         path = folder / frame_path(layout, split, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(layout, frame))
@@ -285,7 +286,7 @@ def process_map(processes: int):
 
 
 def write_frames(
-    layout: str, seed: int, counts: dict, folder: Path, processes: int, kind: str | None = None
+    layout: str, seed: int, counts: dict, folder: Path, processes: int, sensor_name: str | None = None
 ) -> None:
     """Render and write all frames and labels."""
     tasks = [
@@ -293,7 +294,7 @@ def write_frames(
         for split in SPLITS
         for start in range(0, counts[split], CHUNK)
     ]
-    write, labels = partial(write_chunk, layout, seed, folder, kind), {split: [] for split in SPLITS}
+    write, labels = partial(write_chunk, layout, seed, folder, sensor_name), {split: [] for split in SPLITS}
     with (
         tqdm(total=sum(counts.values()), desc=layout, unit="frame", mininterval=0.5) as bar,
         process_map(min(processes, len(tasks))) as mapped,
@@ -307,9 +308,9 @@ def write_frames(
 
 
 def write_dataset(
-    layout: str, counts: dict, seed: int, out: Path, processes: int, kind: str | None = None
+    layout: str, counts: dict, seed: int, out: Path, processes: int, sensor_name: str | None = None
 ) -> None:
-    """Write a whole data set to `out`, which must not exist; `kind` of sensor as in `sensor_of`.
+    """Write a whole data set to `out`, which must not exist; measured as `sensor_of` says.
 
     It is written to `out`.partial and renamed when complete; on failure nothing stays. Raises UserError.
     """
@@ -319,7 +320,7 @@ def write_dataset(
     try:
         unfinished.mkdir(parents=True)
         try:
-            write_frames(layout, seed, counts, unfinished, processes, kind)
+            write_frames(layout, seed, counts, unfinished, processes, sensor_name)
             unfinished.rename(out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

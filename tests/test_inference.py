@@ -50,21 +50,6 @@ def test_fast_path_gives_the_networks_answer_and_leaves_it_alone(network):
     assert [type(module) for module in network.modules()] == before
 
 
-def test_single_frames_are_normalised_as_a_batch_is_and_batches_frame_by_frame(monkeypatch):
-    normalise, sizes = inference.FrameNorm.forward, []
-    monkeypatch.setattr(
-        inference.FrameNorm, "forward", lambda self, x: (sizes.append(len(x)), normalise(self, x))[1]
-    )
-    network = random_network()
-    forward = prepare(network, torch.device("cpu"))
-    for batch in (1, 3):
-        assert_same(network, forward, batch)
-    assert {*sizes} == {1, 3}
-    sizes.clear()
-    assert_same(network, prepare(network, torch.device("cpu")), 3)
-    assert not sizes, "a batch shows nothing of how single frames round"
-
-
 def test_answers_are_told_apart_in_mm():
     uvd = torch.zeros(1, 2, 3)
     assert moved_mm(uvd, uvd + torch.tensor([0.001, 0, 0])) == pytest.approx(0.3)

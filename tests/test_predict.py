@@ -248,6 +248,29 @@ def test_within_a_sequence_the_last_centre_is_handed_on(tmp_path):
     assert asked == [None, 1, None, 3]
 
 
+@pytest.mark.parametrize("hand", ["right", "left"])
+def test_within_a_sequence_the_hand_is_looked_for_where_it_was_found(hand, model, tmp_path, monkeypatch):
+    files, found_uvd, asked = [write_png(tmp_path / f"{k}.png", hand_frame()) for k in (1, 2)], CENTER, []
+
+    def find_center(frame, camera, near_uvd, bbox):
+        asked.append(near_uvd)
+        return np.array(found_uvd) - (50, 0, 0)
+
+    monkeypatch.setattr("prediction.estimator.find_center", find_center)
+    estimator = HandPoseEstimator(model, CAMERA, hand=hand, device="cpu")
+    writer = SimpleNamespace(write=lambda *_: None, out=tmp_path, names=[])
+    predict_all(estimator, parse_camera(CAMERA_TEXT), [files], (None, None), writer)
+    assert asked[0] is None
+    np.testing.assert_allclose(asked[1], np.array(found_uvd) - (50, 0, 0))
+
+
+def test_a_camera_that_no_picture_is_of_is_a_reason(workplace, model, script):
+    write_png(Path("frame.png"), hand_frame())
+    done = script("predict.py", "frame.png", "--camera", "30,30,320,240", "--model", model, *ON_CPU[:2])
+    assert done.status == 1 and "Traceback" not in done.err
+    assert "the camera's fx 30 px would see 169 degrees" in read_results()[1][0]["reason"]
+
+
 def test_the_next_frame_is_located_while_one_is_predicted(tmp_path):
     files = [write_png(tmp_path / f"{k}.png", hand_frame()) for k in (1, 2, 3)]
     located = [Event() for _ in files]

@@ -24,6 +24,7 @@ from rendering.layouts import (
     CHUNK,
     EVERY_SENSOR,
     FINGERS,
+    encode,
     frame_path,
     icvl_joints,
     nyu_joints,
@@ -151,23 +152,34 @@ def test_a_frame_does_not_depend_on_how_many_are_rendered(layout, roots, tmp_pat
     assert (tmp_path / "few" / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
 
-def test_every_sensor_in_turn_measures_one_layout_s_pictures():
-    for turn, (name, sensor) in enumerate(SENSORS.items()):
-        numbers = range(CHUNK * turn, CHUNK * turn + 1)
-        (every,), (own,) = (render_frames("ICVL", 5, "train", numbers, kind) for kind in (EVERY_SENSOR, name))
-        np.testing.assert_array_equal(every.depth_mm, own.depth_mm)
-        assert every.depth_mm.shape == (240, 320)
-        kind = sensor_of("ICVL", name, 0)
-        assert kind.camera == SENSORS["ICVL"].camera and kind.missing_mm == 0 and kind.left == 1
-        assert (kind.hand_mm, kind.noise_per_m2) == (sensor.hand_mm, sensor.noise_per_m2)
-    assert sensor_of("NYU", None, CHUNK) == SENSORS["NYU"]
+@pytest.mark.parametrize("name", SENSORS)
+def test_another_sensor_measures_a_layout_s_pictures(name):
+    sensor, layout = sensor_of("ICVL", name, 0), SENSORS["ICVL"]
+    assert (sensor.hand_mm, sensor.noise_per_m2) == (SENSORS[name].hand_mm, SENSORS[name].noise_per_m2)
+    assert (sensor.camera, sensor.missing_mm, sensor.left) == (layout.camera, 0, 1)
+    near, far = SENSORS[name].hand_mm
+    frames = render_frames("ICVL", 5, "train", range(6), name)
+    assert all(near < frame.center_uvd[2] < far for frame in frames if frame.hand.any())
+    assert any(frame.hand.any() for frame in frames) and frames[0].depth_mm.shape == (240, 320)
 
 
-def test_the_checker_accepts_another_sensor_s_frames(workplace, script):
-    command = "--layout HAND17 --sensor MSRA --train 3 --test 2 --num_workers 1 --out Data/HAND17".split()
-    assert script("synthetic.py", *command).status == 0
-    done = script("check_dataset.py", "--dataset", "HAND17")
-    assert done.status == 0 and "3 of 3 frames accepted" in done.out
+def test_every_sensor_takes_its_turn(tmp_path):
+    counts = {"train": CHUNK + 1, "test": 1}
+    write_dataset("HAND17", counts, 7, tmp_path / "every", 1, EVERY_SENSOR)
+    for number in (0, CHUNK):
+        name = [*SENSORS][number // CHUNK]
+        (frame,) = render_frames("HAND17", 7, "train", range(number, number + 1), name)
+        assert (tmp_path / "every" / frame_path("HAND17", "train", number)).read_bytes() == encode(
+            "HAND17", frame
+        )
+
+
+def test_the_script_asks_for_the_sensor(tmp_path, script):
+    command = "--layout HAND17 --train 2 --test 1 --seed 7 --num_workers 1".split()
+    for out, sensor in (("own", []), ("named", ["--sensor", "HAND17"]), ("other", ["--sensor", "MSRA"])):
+        assert script("synthetic.py", *command, *sensor, "--out", tmp_path / out).status == 0
+    own, named, other = (files_of(tmp_path / out) for out in ("own", "named", "other"))
+    assert own == named and own.keys() == other.keys() and own != other
 
 
 def test_test_and_training_frames_differ(roots):
