@@ -50,6 +50,29 @@ def test_fast_path_gives_the_networks_answer_and_leaves_it_alone(network):
     assert [type(module) for module in network.modules()] == before
 
 
+@pytest.mark.parametrize("frames, recordings", [(0, 1), (1, 0), (2, 1)])
+def test_a_graph_is_recorded_where_more_than_one_frame_comes(frames, recordings, monkeypatch, capsys):
+    recorded, runs = inference.recorded, []
+
+    def noted(*arguments):
+        graph = recorded(*arguments)
+        return lambda *batch: (runs.append(len(batch[0])), graph(*batch))[1]
+
+    monkeypatch.setattr(inference, "recorded", noted)
+    network = random_network()
+    forward = prepare(network, torch.device("cpu"), frames)
+    for batch in (2, 2, 1):
+        assert_same(network, forward, batch)
+    assert runs == [2, 2, 1] * recordings and "passed over" not in capsys.readouterr().err
+
+
+def test_a_pytorch_that_records_no_graph_runs_the_network_as_it_is(monkeypatch, capsys):
+    monkeypatch.delattr(torch.jit, "trace")
+    network = random_network()
+    assert_same(network, prepare(network, torch.device("cpu")), 2)
+    assert "passed over: AttributeError" in "".join(capsys.readouterr())
+
+
 def test_answers_are_told_apart_in_mm():
     uvd = torch.zeros(1, 2, 3)
     assert moved_mm(uvd, uvd + torch.tensor([0.001, 0, 0])) == pytest.approx(0.3)
