@@ -63,9 +63,9 @@ def replace_norms(network):
 def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
     """Return a function (img, label_img, mask) -> the last stage's StageOutput, on `device`.
 
-    The network is copied, not changed. It runs in channels_last; on a CPU as a recorded graph, on a GPU in
-    bfloat16 or TF32, and compiled where `frames`, the number still to come (0: unknown), repays it. What may
-    round otherwise is used once it has been seen on the first batch to move no coordinate by `tolerance_mm`.
+    The network is copied, not changed. It runs in channels_last; single frames on a CPU as a recorded graph; on
+    a GPU in bfloat16 or TF32; compiled where `frames`, the number still to come (0: unknown), repays it. What
+    may round otherwise is used once it has been seen on the first batch to move no coordinate by `tolerance_mm`.
     """
     network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).eval()
     if device.type == "cpu":
@@ -103,7 +103,8 @@ def faster_forwards(network, inputs, frames):
         tqdm.write(f"compiling the network, which {frames} frames repay")
     fast = cache(lambda: compile_for(network, inputs) if compiling else network)
     if device.type == "cpu":
-        return [fast] * compiling + [lambda: recorded(network, inputs)] * (frames != 1)
+        single = len(inputs[0]) == 1 and frames != 1  # of a batch Python takes a small share of the time
+        return [fast] * compiling + [lambda: recorded(network, inputs)] * single
     half = lambda: within(lambda: torch.autocast(device.type, torch.bfloat16), fast())  # noqa: E731
     return [half, fast] if torch.cuda.get_device_capability(device) >= (8, 0) else [fast]
 
