@@ -63,9 +63,10 @@ def replace_norms(network):
 def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
     """Return a function (img, label_img, mask) -> the last stage's StageOutput, on `device`.
 
-    The network is copied, not changed. It runs in channels_last; single frames on a CPU as a recorded graph; on
-    a GPU in bfloat16 or TF32; compiled where `frames`, the number still to come (0: unknown), repays it. What
-    may round otherwise is used once it has been seen on the first batch to move no coordinate by `tolerance_mm`.
+    The network is copied, not changed. It runs in channels_last; single frames on a CPU as a recorded graph;
+    on a GPU in bfloat16 or TF32; compiled where `frames`, the number still to come (0: unknown), repays it.
+    What may round otherwise is used once it has been seen on the first batch to move no coordinate by
+    `tolerance_mm`.
     """
     network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).eval()
     if device.type == "cpu":
