@@ -46,8 +46,9 @@ def averaged(network, decay):
 def load_weights(network, path):
     """Give a network the weights of a checkpoint file; return the names of what stays as it is.
 
-    That is stages that the file has not, and weights of layers whose size is the number of joints, or of a
-    FullRegression's maps, where that differs. Convolutions do not depend on label_size: a network learns
+    That is a second stage that the file has not, and weights of layers whose size is the number of joints, or
+    of a FullRegression's maps, where that differs. A third stage, and any later one, begins as a copy of the
+    file's last: it reads the same maps. Convolutions do not depend on label_size: a network learns
     fast on coarse maps and in one stage, and goes on from there on finer ones and in more.
     Raises UserError where the file is no checkpoint, or another network's.
     """
@@ -58,8 +59,13 @@ def load_weights(network, path):
         if there != here and name != "label_size" and not grows:
             raise UserError(f"--init {path} is of another network: its {name} is {there}, here {here}")
     weights = other.state_dict()
+    added = [f"stages.{number}" for number in range(other.param["stage"], network.param["stage"])]
+    if other.param["stage"] > 1:
+        last = f"stages.{other.param['stage'] - 1}."
+        copied = {name.removeprefix(last): weights[name] for name in weights if name.startswith(last)}
+        weights |= {f"{stage}.{name}": copied[name] for stage in added for name in copied}
+        added = []
     kept = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     network.load_state_dict({name: own[name] if name in kept else weights[name] for name in own})
-    added = [f"stages.{number}" for number in range(other.param["stage"], network.param["stage"])]
     names = (name for name, _ in network.named_parameters() if name in kept)
     return added + [name for name in names if ".".join(name.split(".")[:2]) not in added]

@@ -66,8 +66,8 @@ THUMB = {
     "low": (18, 19, 55, 74),
     "between 1 and 2": (31, 0, 49, 79),
     "between 2 and 3": (24, 12, 55, 79),
-    "between 3 and 4": (11, 19, 55, 78),
-    "lateral": (15, 6, 31, 19),
+    "between 3 and 4": (6, 12, 55, 79),
+    "lateral": (10, 14, 10, 19),
     "opposed": (32, 50, 10, 18),
     "tip": (46, 40, 40, 62),
     "index": (36, 43, 34, 30),
@@ -78,7 +78,7 @@ THUMB = {
 }
 # S straight, R relaxed, C closed, L loosely so, H hooked, E with the knuckle bent too, D draped over the
 # thumb, F flat and bent at the knuckle, K half so, P and O with the tip at the thumb's, B bent evenly, X
-# before and Y behind a finger that it crosses, T over the thumb.
+# before and Y behind a finger that it crosses, T over the thumb, M tightly so.
 FINGER = {
     "S": (2, 4),
     "R": (22, 28),
@@ -88,13 +88,14 @@ FINGER = {
     "E": (36, 108),
     "D": (74, 64),
     "F": (70, 12),
-    "K": (46, 6),
+    "K": (60, 6),
     "P": (58, 52),
     "O": (60, 58),
     "B": (38, 40),
     "X": (16, 12),
     "Y": (-10, 6),
     "T": (57, 75),
+    "M": (74, 74),
 }
 # Gesture: thumb state and the states of index, middle, ring and little finger, then how far they are spread
 # (0..1) or their abductions in degrees. Single capitals: letters that no other gesture shows.
@@ -135,7 +136,7 @@ GESTURES = {
     "G": ("side", "FCCC", 0.0),
     "H": ("across", "SSCC", 0.0),
     "K": ("lateral", "SKCC", 0.2),
-    "M": ("between 3 and 4", "DDDC", 0.0),
+    "M": ("between 3 and 4", "MMMC", 0.0),
     "N": ("between 2 and 3", "DDCC", 0.0),
     "O": ("tip", "OOOO", 0.0),
     "R": ("in", "XYCC", (-14, 14, 0, 0)),
@@ -173,15 +174,21 @@ BALLS_MM = ((-4.0, 2.5, 8.0), (-2.5, 3.5, 14.0))
 BALL_RADII_MM = ((9.0, 15.0, 2.0), (9.0, 13.0, 3.0))
 # Thickness of fingers and palm over what girth makes of them: the least and the largest.
 FINGER_GIRTH, PALM_GIRTH = (0.92, 1.1), (0.95, 1.15)
+# Fingers that touch leave grooves so deep, and none once their skin is so far apart.
+GROOVE_MM, PARTED_MM = 2.0, 6.0
+# In a fist the balls come forward, to the fingers, by this share of the bone that they lie on.
+BALLS_FORWARD = 0.15
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
 BULGE = (0.03, 0.05, 0.03, 0.0)
 # Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.
 ARM_MM = ((9.5, 4.0), (19.0, 8.0))
 SLEEVE_MM = (10.0, 5.0)  # cloth and folds at the sleeve's end and at the elbow
-# Spheres of the surface: 4 a finger (0..19), then those that `_palm_spheres` and `_forearm_spheres` add.
-PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR = range(20, 25)
-WEBS = range(25, 28)
-WRIST_R, WRIST_U, ELBOW_R, ELBOW_U, SLEEVE_R, SLEEVE_U = range(28, 34)
+# Spheres of the surface: 4 a finger (0..19), then what `_palm_spheres`, `_forearm_spheres`
+# and `_between_fingers` add.
+PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, CUSHION, BETWEEN = range(20, 27)
+WEBS = range(27, 30)
+WRIST_R, WRIST_U, ELBOW_R, ELBOW_U, SLEEVE_R, SLEEVE_U = range(30, 36)
+GROOVES = 36  # middle joints, end joints and tips, from the groove of index and middle finger on
 # Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
 # Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
 HAND_WEDGES = (
@@ -200,9 +207,17 @@ HAND_WEDGES = (
     (PALM_INDEX, PALM_LITTLE, WRIST_R),
     (PALM_LITTLE, WRIST_R, WRIST_U),
     (0, PALM_INDEX, WRIST_R),
+    (THENAR, CUSHION, BETWEEN),
+    (HYPOTHENAR, CUSHION, BETWEEN),
     *((4 * k, 4 * k + 4, web) for k, web in enumerate(WEBS, start=1)),
 )
-HAND_CONES = (*((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3)), (0, THENAR), (THENAR, 1))
+HAND_CONES = (
+    *((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3)),
+    (0, THENAR),
+    (THENAR, 1),
+    *((web, GROOVES + 3 * k) for k, web in enumerate(WEBS)),
+    *((GROOVES + 3 * k + j, GROOVES + 3 * k + j + 1) for k in range(3) for j in range(2)),
+)
 ARM_WEDGES = (
     (WRIST_R, WRIST_U, ELBOW_R),
     (WRIST_U, ELBOW_R, ELBOW_U),

@@ -1,8 +1,4 @@
-"""Parametric human hand in torch: people, poses, joints and surface.
-
-Every random choice enters as a row of uniform numbers (see `Noise`), so that a hand depends on nothing but
-its own row: the same bytes on any number of cores and in any batch, and one `torch.rand` draws a batch on a
-GPU.
+"""Parametric human hand in torch: joints, flesh and surface of people in their poses.
 
 Hand frame, right hand: origin at the wrist, x radial (to the thumb), y proximal (to the forearm), z dorsal.
 With no rotation it is the camera frame: palm to the camera, fingers up, thumb on the picture's right. Left
@@ -18,14 +14,6 @@ from torch import Tensor
 
 from rendering import anatomy
 from rendering.surface import Surface, build_surface
-
-WRIST_SD_DEG = (23.0, 11.0)  # flexion, deviation
-GRIP_TRIES = 8  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
-OVERLAP_MM = 5.0  # flesh may be pressed this deep
-# So often a view is drawn anew while the forearm comes towards the camera by more than a share of its length.
-VIEW_TRIES, TOWARDS = 3, -0.5
-SLEEVES_MM = (20.0, 420.0)  # of many arms no sleeve is seen
-NOISE_COLUMNS = 300  # uniform numbers that `draw_hands` uses up for a hand, rounded up
 
 
 class Hands(NamedTuple):
@@ -44,27 +32,6 @@ class Hands(NamedTuple):
     flesh: Tensor  # [B, 2] thickness of fingers and palm over what girth makes of them
 
 
-class Noise:
-    """Hand out the columns of uniform numbers [B, N] in (0, 1) one after another."""
-
-    def __init__(self, uniform: Tensor):
-        self.values, self.used = uniform, 0
-
-    def uniform(self, count: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Return the next `count` columns [B, count], uniform between low and high."""
-        if self.used + count > self.values.shape[1]:
-            raise ValueError(
-                f"more than {self.values.shape[1]} random numbers are needed: "
-                "raise NOISE_COLUMNS or SCENE_COLUMNS"
-            )
-        self.used += count
-        return low + (high - low) * self.values[:, self.used - count : self.used]
-
-    def normal(self, count: int) -> Tensor:
-        """Return the next `count` columns [B, count], standard normal."""
-        return torch.special.ndtri(self.uniform(count, 1e-6, 1 - 1e-6))
-
-
 def _turn(rotation: Tensor, vectors: Tensor) -> Tensor:
     """Rotate vectors [B, N, 3] by unit quaternions [B, 4] (a matrix product would round by batch)."""
     w, q = rotation[:, None, :1], rotation[:, None, 1:].expand_as(vectors)
@@ -72,7 +39,7 @@ def _turn(rotation: Tensor, vectors: Tensor) -> Tensor:
     return vectors + w * twice + torch.linalg.cross(q, twice)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply quaternions [B, 4]: turn by b, then by a."""
     (aw, ax, ay, az), (bw, bx, by, bz) = a.unbind(-1), b.unbind(-1)
     return torch.stack(
@@ -86,100 +53,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def _about(axis: tuple, angle: Tensor) -> Tensor:
+def about(axis: tuple, angle: Tensor) -> Tensor:
     """Return the quaternions [B, 4] of turns by angle [B] about the unit axis (x, y, z; numbers or [B])."""
     sine = torch.sin(angle / 2)
     return torch.stack((torch.cos(angle / 2), *(sine * part for part in axis)), -1)
-
-
-def _draw_people(noise: Noise, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw bone lengths [B, 5, 4] in mm and girths [B]."""
-    mean, deviation = like.new_tensor(anatomy.BONES_MM), like.new_tensor(anatomy.BONES_SD_MM)
-    size = noise.normal(1)[:, :, None]
-    own = noise.normal(20).reshape(-1, 5, 4)
-    score = anatomy.SIZE_SHARE * size + math.sqrt(1 - anatomy.SIZE_SHARE**2) * own
-    bones_mm = mean + deviation * score.clamp(-anatomy.BONE_LIMIT_SD, anatomy.BONE_LIMIT_SD)
-    girth = 1 + 0.055 * size[:, 0, 0] + 0.045 * noise.normal(1)[:, 0]
-    return bones_mm, girth.clamp(*anatomy.GIRTH_LIMITS)
-
-
-def limits_rad(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the lower and the upper limits [22] of the angles, radians, in the order of anatomy.ANGLES."""
-    low, high = zip(*(anatomy.LIMITS_DEG[name] for name in anatomy.ANGLES))
-    return like.new_tensor(low).deg2rad(), like.new_tensor(high).deg2rad()
-
-
-def gesture_angles(like: Tensor) -> Tensor:
-    """Return the angles [G, 22] of anatomy.GESTURES in radians, wrist straight."""
-    rows = []
-    for thumb, fingers, spread in anatomy.GESTURES.values():
-        row = list(anatomy.THUMB[thumb])
-        abductions = (
-            spread if isinstance(spread, tuple) else [spread * degrees for degrees in anatomy.SPREAD_DEG]
-        )
-        for state, abduction in zip(fingers, abductions):
-            mcp, pip = anatomy.FINGER[state]
-            row += [mcp, abduction, pip, anatomy.DIP_OVER_PIP * pip]
-        rows.append(row + [0, 0])
-    angles = like.new_tensor(rows).deg2rad()
-    return _coupled(angles, torch.zeros_like(angles[:, :4]))
-
-
-def _draw_angles(noise: Noise, like: Tensor) -> Tensor:
-    """Draw GRIP_TRIES poses [B, tries, 22] within the limits: gestures, and mixtures of two finger by finger.
-
-    From try to try they come nearer to a gesture as it stands in the table; the last ones are opened a bit.
-    """
-    table = gesture_angles(like)
-    first, second = (table[(noise.uniform(1)[:, 0] * len(table)).long()] for _ in range(2))
-    kind = noise.uniform(1)
-    # One weight a finger; 0 for a plain gesture, the same for all fingers half-way between two.
-    share = torch.where(kind < 0.4, 0 * kind, torch.where(kind < 0.7, noise.uniform(1), noise.uniform(5)))
-    share = torch.cat((share.repeat_interleave(4, 1), torch.zeros_like(kind).expand(-1, 2)), 1)
-    scale = torch.deg2rad(noise.uniform(1, 1, 9))
-    dip = torch.deg2rad(anatomy.DIP_SPREAD_DEG * noise.uniform(4, -1, 1))
-    wrist = torch.deg2rad(noise.normal(2) * share.new_tensor(WRIST_SD_DEG))
-    tries = []
-    for left in torch.linspace(1, -0.6, GRIP_TRIES).tolist():
-        angles = first + max(left, 0) * share * (second - first) + max(left, 0.1) * scale * noise.normal(22)
-        angles = angles * (1 + 0.25 * min(left, 0))
-        tries.append(_coupled(torch.cat((angles[:, :20], wrist), 1), max(left, 0) * dip))
-    return torch.stack(tries, 1)
-
-
-def _coupled(angles: Tensor, dip_offset: Tensor) -> Tensor:
-    """Bend end joints with the middle ones, close the spread of bent fingers, keep all within limits."""
-    low, high = limits_rad(angles)
-    angles = angles.clamp(low, high)
-    mcp, pip = angles[:, 4:20:4], angles[:, 6:20:4]
-    spreadable = (1 - mcp.clamp(min=0) / (math.pi / 2)).clamp(min=0.15)
-    angles[:, 5:20:4] *= spreadable
-    angles[:, 7:20:4] = anatomy.DIP_OVER_PIP * pip + dip_offset
-    return angles.clamp(low, high)
-
-
-def _draw_rotations(noise: Noise) -> Tensor:
-    """Draw rotations [B, 4], fingers up: palm, less often back, one in six any side to the camera; one in
-    eight anything.
-    """
-    uniform = noise.uniform(3)
-    a, b, c = uniform[:, 0], 2 * math.pi * uniform[:, 1], 2 * math.pi * uniform[:, 2]
-    free = torch.stack(
-        ((1 - a).sqrt() * b.sin(), (1 - a).sqrt() * b.cos(), a.sqrt() * c.sin(), a.sqrt() * c.cos()), -1
-    )
-    choice = noise.uniform(3)
-    side = 2 * math.pi * noise.uniform(1)[:, 0]
-    back = math.pi * (choice[:, 0] < 0.45).to(a.dtype)
-    facing = _about((0, 1, 0), torch.where(choice[:, 0] < 1 / 6, side, back))
-    direction = 2 * math.pi * noise.uniform(1)[:, 0]
-    tilt = _about(
-        (direction.cos(), direction.sin(), 0 * direction), torch.deg2rad(38 * noise.normal(1)[:, 0])
-    )
-    roll = torch.where(
-        choice[:, 1] < 0.75, torch.deg2rad(35 * noise.normal(1)[:, 0]), math.pi * noise.uniform(1, -1)[:, 0]
-    )
-    frontal = _product(_about((0, 0, 1), roll), _product(tilt, facing))
-    return torch.where(choice[:, 2:] < 0.125, free, frontal)
 
 
 def _local_joints(bones_mm: Tensor, angles: Tensor) -> Tensor:
@@ -237,7 +114,7 @@ def _length(vectors: Tensor) -> Tensor:
 
 
 def _local_spheres(hands: Hands, joints: Tensor) -> tuple[Tensor, Tensor]:
-    """Return centres [B, 34, 3] in the hand frame and radii [B, 34] of the surface's spheres."""
+    """Return centres [B, 45, 3] in the hand frame and radii [B, 45] of the surface's spheres."""
     girth = hands.girth[:, None]
     radii = joints.new_tensor(anatomy.RADII_MM) * hands.flesh[:, :1, None]
     radii[:, 0, 0] = _between(anatomy.THUMB_BASE_MM, hands.hollow)
@@ -251,13 +128,29 @@ def _local_spheres(hands: Hands, joints: Tensor) -> tuple[Tensor, Tensor]:
     arm, arm_radii = _forearm_spheres(hands)
     # Flesh between bent bones goes to the sides.
     pressed = hands.angles[:, 2:20:4].clamp(min=0)[..., None] * radii.new_tensor(anatomy.BULGE)
-    sizes = (radii * (1 + pressed)).flatten(1)
-    sizes = torch.cat((sizes, palm_radii), 1)
-    return torch.cat((fingers, palm, arm), 1), torch.cat((sizes * girth, arm_radii), 1)
+    sizes = radii * (1 + pressed)
+    between, between_radii = _between_fingers(fingers.reshape(-1, 5, 4, 3), sizes * girth[..., None])
+    sizes = torch.cat((sizes.flatten(1), palm_radii), 1) * girth
+    return torch.cat((fingers, palm, arm, between), 1), torch.cat((sizes, arm_radii, between_radii), 1)
+
+
+def _between_fingers(chains: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+    """Return spheres 36..44 and their radii, which fill the grooves between fingers that touch.
+
+    chains [B, 5, 4, 3], radii [B, 5, 4]: the fingers' own. As fingers part these spheres shrink and withdraw
+    into the one nearer to the thumb.
+    """
+    one, other = chains[:, 1:4, 1:], chains[:, 2:, 1:]
+    size, other_size = radii[:, 1:4, 1:], radii[:, 2:, 1:]
+    gap_mm = _length(one - other)[..., 0] - size - other_size
+    closed = (1 - gap_mm / anatomy.PARTED_MM).clamp(0, 1)
+    middle = one + 0.5 * closed[..., None] * (other - one)
+    filled = closed * ((size + other_size) / 2 - anatomy.GROOVE_MM).clamp(min=0.1)
+    return middle.flatten(1, 2), filled.flatten(1)
 
 
 def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
-    """Return spheres 20..27: ends of the carpus, thenar, thumb web, hypothenar, webs."""
+    """Return spheres 20..29: ends of the carpus, thenar, thumb web, hypothenar, cushions, webs."""
     carpal = _carpus(hands.bones_mm)
     girth = hands.girth[:, None]
     palmar = chains.new_tensor((0.0, 0.0, -1.0))
@@ -267,15 +160,20 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
         [(_between(ends, hollow) + ends[2] * closed)[:, None] for ends in pairs]
         for pairs in (anatomy.BALLS_MM, anatomy.BALL_RADII_MM)
     )
-    thenar = 0.55 * chains[:, 0, 0] + 0.45 * chains[:, 0, 1] + palmar * rise[0] * girth
+    shift = (anatomy.BALLS_FORWARD * closed)[:, None]
+    thenar = torch.lerp(chains[:, 0, 0], chains[:, 0, 1], 0.45 + shift) + palmar * rise[0] * girth
     web_thumb = 0.42 * carpal[:, 1] + 0.58 * chains[:, 1, 0] + palmar * 1.5 * girth
-    hypothenar = 0.6 * carpal[:, 4] + 0.4 * chains[:, 4, 0] + palmar * rise[1] * girth
+    hypothenar = torch.lerp(carpal[:, 4], chains[:, 4, 0], 0.4 + shift) + palmar * rise[1] * girth
+    # In a fist the palm rises between the balls, up to the fingertips; how far differs between people.
+    cushions = (thenar + hypothenar)[:, None] / 2
+    cushions = torch.cat((torch.lerp(cushions, chains[:, 1:4, 0].mean(1, keepdim=True), 0.25), cushions), 1)
+    cushions[..., 2] *= (closed * (1 - 0.3 * hands.hollow))[:, None]
     proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
     singles = torch.stack((carpal[:, 1], carpal[:, 4], thenar, web_thumb, hypothenar), 1)
-    palm = hands.flesh[:, 1:]
-    radii = (14 * palm, 13 * palm, size[0], 9 * palm, size[1], palm * palm.new_tensor((5.5, 5.5, 5.0)))
-    return torch.cat((singles, webs), 1), torch.cat(radii, 1)
+    palm, row = hands.flesh[:, 1:], chains.new_tensor
+    radii = (palm * row((14, 13)), size[0], 9 * palm, size[1], palm * row((12.0, 12.0, 5.5, 5.5, 5.0)))
+    return torch.cat((singles, cushions, webs), 1), torch.cat(radii, 1)
 
 
 def _between(ends: tuple, share: Tensor) -> Tensor:
@@ -284,7 +182,7 @@ def _between(ends: tuple, share: Tensor) -> Tensor:
 
 
 def _forearm_spheres(hands: Hands) -> tuple[Tensor, Tensor]:
-    """Return spheres 28..33 and their radii: both sides of the wrist, the elbow and the sleeve's end."""
+    """Return spheres 30..35 and their radii: both sides of the wrist, the elbow and the sleeve's end."""
     flexion, deviation = hands.angles[:, 20], hands.angles[:, 21]
     along = torch.stack(
         (deviation.sin() * flexion.cos(), deviation.cos() * flexion.cos(), -flexion.sin()), -1
@@ -355,35 +253,6 @@ def overlap_mm(bones_mm: Tensor, girth: Tensor, angles: Tensor) -> Tensor:
     one, other = judged.nonzero().to(angles.device).unbind(1)
     gap_mm = _length(points[:, one] - points[:, other])[..., 0] - girth[:, None] * (sizes[one] + sizes[other])
     return -gap_mm.amin(1)
-
-
-def draw_hands(noise: Noise, left_share: float = 0.0) -> Hands:
-    """Draw hands from uniform numbers: people, poses, views and forearms, with the wrist at the origin.
-
-    Of GRIP_TRIES poses the first is taken that overlaps by OVERLAP_MM or less, else the least
-    overlapping.
-    """
-    like = noise.values
-    bones_mm, girth = _draw_people(noise, like)
-    tries = _draw_angles(noise, like)
-    flat = tries.flatten(0, 1)
-    overlap = overlap_mm(bones_mm.repeat_interleave(GRIP_TRIES, 0), girth.repeat_interleave(GRIP_TRIES), flat)
-    best = overlap.reshape(-1, GRIP_TRIES).clamp(min=OVERLAP_MM).argmin(1)
-    angles = tries[torch.arange(len(best), device=best.device), best]
-    forearm = 70 + 190 * noise.uniform(1)[:, 0]
-    left = noise.uniform(1)[:, 0] < left_share
-    wrist_mm = torch.zeros_like(bones_mm[:, 0, :3])
-    arm_girth = girth * noise.uniform(1, 0.85, 1.2)[:, 0]
-    sleeve_mm = noise.uniform(1, *SLEEVES_MM)[:, 0]
-    hollow = noise.uniform(1)[:, 0]
-    flesh = torch.cat([noise.uniform(1, *limits) for limits in (anatomy.FINGER_GIRTH, anatomy.PALM_GIRTH)], 1)
-    rotation, arm = _draw_rotations(noise), (forearm, arm_girth, sleeve_mm)
-    hands = Hands(bones_mm, girth, angles, rotation, wrist_mm, left, *arm, hollow, flesh)
-    for _ in range(VIEW_TRIES):
-        rotation = _draw_rotations(noise)
-        towards = elbow_xyz(hands)[:, 2] < TOWARDS * forearm
-        hands = hands._replace(rotation=torch.where(towards[:, None], rotation, hands.rotation))
-    return hands
 
 
 def move_to(hands: Hands, centre_xyz: Tensor) -> Hands:

@@ -6,17 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rendering.hand import (
-    NOISE_COLUMNS,
-    Hands,
-    Noise,
-    draw_hands,
-    elbow_xyz,
-    hand_and_arm,
-    joints_xyz,
-    middle_xyz,
-    move_to,
-)
+from rendering.hand import Hands, elbow_xyz, hand_and_arm, joints_xyz, middle_xyz, move_to
+from rendering.poses import NOISE_COLUMNS, Noise, draw_hands
 from rendering.sensor import NO_WALL_MM, Sensor
 from rendering.surface import Surface, build_surface, render_depth, render_pixels
 

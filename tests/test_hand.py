@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rendering import anatomy, hand
-from rendering.hand import Noise, draw_hands, hand_and_arm, joints_xyz, move_to
+from rendering import anatomy, hand, poses
+from rendering.hand import hand_and_arm, joints_xyz, move_to
+from rendering.poses import Noise, draw_hands
 from rendering.surface import build_surface, render_depth
 
 CAMERA = torch.tensor([400.0, 410.0, 63.5, 47.0])
@@ -13,7 +14,7 @@ SIZE_PX = (128, 96)
 
 
 def hands_of(count, seed=0, **options):
-    uniform = torch.rand(count, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(seed))
+    uniform = torch.rand(count, poses.NOISE_COLUMNS, generator=torch.Generator().manual_seed(seed))
     return move_to(draw_hands(Noise(uniform), **options), torch.tensor([0.0, 0.0, 600.0]).expand(count, 3))
 
 
@@ -113,7 +114,7 @@ def test_10000_hands_keep_bones_and_angles_within_their_limits():
     ]  # 10,000 at once would not fit the caches
     hands = hand.Hands(*(torch.cat(fields) for fields in zip(*parts)))
     assert abs(hands.left.float().mean() - 0.5) < 0.02
-    low, high = hand.limits_rad(torch.zeros(1))
+    low, high = poses.limits_rad(torch.zeros(1))
     assert (hands.angles >= low - 1e-6).all() and (hands.angles <= high + 1e-6).all()
     width = (hands.angles.amax(0) - hands.angles.amin(0)) / (high - low)
     assert width.min() > 0.8  # ... and use them
@@ -132,19 +133,19 @@ def test_10000_hands_keep_bones_and_angles_within_their_limits():
     length_mm = (joints[:, 12] - joints[:, 0]).norm(dim=-1).amax()
     assert length_mm < 230
     assert (
-        hand.overlap_mm(hands.bones_mm, hands.girth, hands.angles) <= hand.OVERLAP_MM
+        hand.overlap_mm(hands.bones_mm, hands.girth, hands.angles) <= poses.OVERLAP_MM
     ).float().mean() > 0.97
 
 
 def test_an_open_right_hand_shows_its_thumb_on_the_right_and_a_left_one_on_the_left():
     hands = hands_of(1)
-    opened = hand.gesture_angles(torch.zeros(1))[:1]
+    opened = poses.gesture_angles(torch.zeros(1))[:1]
     upright = torch.tensor([[1.0, 0, 0, 0]])
     for left, side in ((False, 1), (True, -1)):
         joints = joints_xyz(hands._replace(angles=opened, rotation=upright, left=torch.tensor([left])))[0]
         assert side * (joints[4, 0] - joints[20, 0]) > 80  # thumb's and little finger's tips
         assert (joints[12, 1] < joints[0, 1] - 120).all()  # fingers up
-        bent = hands._replace(angles=hand.gesture_angles(torch.zeros(1))[3:4], rotation=upright)
+        bent = hands._replace(angles=poses.gesture_angles(torch.zeros(1))[3:4], rotation=upright)
         assert joints_xyz(bent)[0, 12, 2] < joints_xyz(bent)[0, 9, 2]  # a fist closes towards the palm's side
 
 
@@ -153,18 +154,18 @@ def mean_hands(count):
 
 
 def test_fingers_of_no_gesture_cut_through_each_other_or_the_palm():
-    angles = hand.gesture_angles(torch.zeros(1))
+    angles = poses.gesture_angles(torch.zeros(1))
     overlap_mm = hand.overlap_mm(*mean_hands(len(angles)), angles)
-    deepest = {name: float(mm) for name, mm in zip(anatomy.GESTURES, overlap_mm) if mm > hand.OVERLAP_MM}
+    deepest = {name: float(mm) for name, mm in zip(anatomy.GESTURES, overlap_mm) if mm > poses.OVERLAP_MM}
     assert not deepest
     through_the_palm = angles[list(anatomy.GESTURES).index("fist")].repeat(2, 1)
     through_the_palm[1, 4:20:4] += 0.5
-    assert hand.overlap_mm(*mean_hands(2), through_the_palm)[1] > 2 * hand.OVERLAP_MM
+    assert hand.overlap_mm(*mean_hands(2), through_the_palm)[1] > 2 * poses.OVERLAP_MM
 
 
 def test_a_fist_is_closed_and_crossed_fingers_cross():
     names, bones_mm = list(anatomy.GESTURES), mean_hands(1)[0]
-    angles = hand.gesture_angles(torch.zeros(1))
+    angles = poses.gesture_angles(torch.zeros(1))
     fist, crossed = (hand._local_joints(bones_mm, angles[[names.index(name)]])[0] for name in ("fist", "R"))
     knuckles, tips = fist[5::4], fist[8::4]
     halfway = (hand._carpus(bones_mm)[0, 1:] + 2 * knuckles) / 3
@@ -185,7 +186,7 @@ def test_a_sleeve_makes_the_arm_thicker_from_where_it_begins():
 
 
 def test_palms_are_flat_or_hollow_and_fingers_and_palms_of_their_own_thickness():
-    angles = hand.gesture_angles(torch.zeros(1))[[list(anatomy.GESTURES).index("open")]].expand(2, 22)
+    angles = poses.gesture_angles(torch.zeros(1))[[list(anatomy.GESTURES).index("open")]].expand(2, 22)
     hands = hands_of(1)
     hands = type(hands)(*(field.expand(2, *field.shape[1:]) for field in hands))
     hands = hands._replace(angles=angles, hollow=torch.tensor([0.0, 1.0]), flesh=torch.ones(2, 2))
@@ -209,6 +210,56 @@ def test_palms_are_flat_or_hollow_and_fingers_and_palms_of_their_own_thickness()
         assert limits[0] <= thickness.min() < thickness.max() <= limits[1]
 
 
+def frontal_depth(gesture):
+    """Return joints [21, 3] in pixels and mm, and the exact depth [300, 300] of a palm of mean measures."""
+    bones_mm, girth = mean_hands(1)
+    angles = poses.gesture_angles(torch.zeros(1))[[list(anatomy.GESTURES).index(gesture)]]
+    upright, wrist_mm = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([[0.0, 80, 600]])
+    hands = hands_of(1)._replace(bones_mm=bones_mm, girth=girth, angles=angles, rotation=upright)
+    hands = hands._replace(wrist_mm=wrist_mm, hollow=torch.zeros(1), flesh=torch.ones(1, 2))
+    depth = render_depth(hand_and_arm(hands)[0], torch.tensor([1000.0, 1000, 150, 150]), (300, 300))[0]
+    joints = joints_xyz(hands)[0]
+    return torch.cat((joints[:, :2] / joints[:, 2:] * 1000 + 150, joints[:, 2:]), 1), depth
+
+
+def test_fingers_that_touch_leave_shallow_grooves():
+    joints, depth = frontal_depth("fist")
+    ends = joints[7::4, :2]
+    between = (ends[:-1] + ends[1:]) / 2
+    on_mm, between_mm = (depth[tuple(pixels.flip(1).round().long().T)] for pixels in (ends, between))
+    assert (between_mm - (on_mm[:-1] + on_mm[1:]) / 2).max() < 3.5
+
+
+def test_nothing_is_between_fingers_that_have_parted():
+    hands = hands_of(500)
+    centres, radii = hand._local_spheres(hands, hand._local_joints(hands.bones_mm, hands.angles))
+    fingers, sizes = (
+        centres[:, :20].reshape(-1, 5, 4, 3)[:, 1:, 1:],
+        radii[:, :20].reshape(-1, 5, 4)[:, 1:, 1:],
+    )
+    gap_mm = (fingers[:, :-1] - fingers[:, 1:]).norm(dim=-1) - sizes[:, :-1] - sizes[:, 1:]
+    between, between_radii = centres[:, anatomy.GROOVES :], radii[:, anatomy.GROOVES :]
+    apart = gap_mm.flatten(1) > anatomy.PARTED_MM + 0.01
+    assert 0.1 < apart.float().mean() < 0.9
+    assert (between_radii[apart] == 0).all() and (between_radii[~apart] > 0).float().mean() > 0.99
+    assert torch.equal(between[apart], fingers[:, :-1].flatten(1, 2)[apart])
+
+
+def test_in_a_fist_the_palm_rises_up_to_the_fingertips():
+    joints, depth = frontal_depth("fist")
+    u, v = joints[11, :2].round().long().tolist()  # the middle finger's end joint, where it is folded
+    below = depth[v : v + 60, u]
+    assert below.isfinite().all() and below.max() - below.min() < 25
+    joints, depth = frontal_depth("open")
+    u, v = ((joints[0] + joints[9]) / 2)[:2].round().long().tolist()
+    assert joints[9, 2] - depth[v, u] < 15  # a flat palm stays flat
+
+
+def test_wrists_are_bent_back_more_often_than_forward():
+    flexion = hands_of(1000).angles[:, 20].rad2deg()
+    assert -19 < flexion.mean() < -11 and (flexion < 0).float().mean() > 0.65
+
+
 def test_most_hands_face_the_camera_with_the_palm_or_less_often_the_back():
     _, x, y, _ = hands_of(1000).rotation.unbind(1)
     facing = 1 - 2 * (x * x + y * y)  # cosine between the way the hand's back looks and the camera's view
@@ -217,7 +268,7 @@ def test_most_hands_face_the_camera_with_the_palm_or_less_often_the_back():
 
 
 def test_a_hand_does_not_depend_on_its_batch():
-    uniform = torch.rand(13, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(5))
+    uniform = torch.rand(13, poses.NOISE_COLUMNS, generator=torch.Generator().manual_seed(5))
     where = torch.tensor([10.0, -20.0, 480.0])
 
     def pictures(rows):

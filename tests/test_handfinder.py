@@ -13,7 +13,8 @@ from frames import handfinder
 from frames.cameras import parse_camera, read_depth
 from frames.handfinder import HandClassifier, find_center
 from frames.transforms import Camera, Frame, uvd2xyz, xyz2uvd
-from rendering.hand import NOISE_COLUMNS, Noise, draw_hands, elbow_xyz, joints_xyz, move_to
+from rendering.hand import elbow_xyz, joints_xyz, move_to
+from rendering.poses import NOISE_COLUMNS, Noise, draw_hands
 from rendering.scene import SCENE_COLUMNS, add_background, render_scene
 from rendering.sensor import SENSORS, measure
 from tools import train_handfinder

@@ -161,6 +161,15 @@ def test_a_stage_that_the_file_has_not_begins_anew_and_is_named(tmp_path):
         assert torch.equal(value, before[name] if anew else one.state_dict()[name])
 
 
+def test_a_third_stage_begins_as_a_copy_of_the_second(tmp_path):
+    torch.manual_seed(0)
+    two, four = small_network(stage=2), small_network(stage=4)
+    assert load_weights(four, save(two, tmp_path / "a.pt")) == []
+    for name, value in two.state_dict().items():
+        for number in (1, 2, 3):
+            assert torch.equal(four.state_dict()[name.replace("stages.1.", f"stages.{number}.")], value)
+
+
 @pytest.mark.parametrize("option", [{"features": 48}, {"stage": 3}, {"norm_method": "batch"}])
 def test_another_network_is_no_beginning(option, tmp_path):
     one, (name, value) = small_network(**option), *option.items()

@@ -159,7 +159,9 @@ def test_another_sensor_measures_a_layout_s_pictures(name):
     assert (sensor.camera, sensor.missing_mm, sensor.left) == (layout.camera, 0, 1)
     near, far = SENSORS[name].hand_mm
     frames = render_frames("ICVL", 5, "train", range(6), name)
-    assert all(near < frame.center_uvd[2] < far for frame in frames if frame.hand.any())
+    joints_z = np.array([frame.joints_xyz[:, 2] for frame in frames])
+    middle_mm = (joints_z.min(1) + joints_z.max(1)) / 2
+    assert (middle_mm > near - 0.1).all() and (middle_mm < far + 0.1).all()
     assert any(frame.hand.any() for frame in frames) and frames[0].depth_mm.shape == (240, 320)
 
 
@@ -329,8 +331,8 @@ def test_time_of_flight_alone_measures_between_two_surfaces(name):
 
 
 def background_share(sensor):
-    """Return how much [100] of what is no hand or arm shows something behind them, in small pictures."""
-    uniform = torch.rand(100, SCENE_COLUMNS, generator=torch.Generator().manual_seed(2))
+    """Return how much [400] of what is no hand or arm shows something behind them, in small pictures."""
+    uniform = torch.rand(400, SCENE_COLUMNS, generator=torch.Generator().manual_seed(2))
     scenes, empty = (draw_scenes(uniform, s) for s in (sensor, sensor._replace(body=0.0, wall=0.0)))
     camera, size_px = torch.tensor(sensor.camera) / 8, [size // 8 for size in sensor.size_px]
     exact_mm, _ = render_scene(scenes, camera, size_px)
@@ -342,10 +344,10 @@ def background_share(sensor):
 @pytest.mark.parametrize("name, body, wall", [("NYU", 0.8, 0.5), ("HAND17", 0.6, 0.2)])
 def test_bodies_and_walls_are_behind_hands_in_their_share_of_frames(name, body, wall):
     sensor = SENSORS[name]
-    assert abs((background_share(sensor) > 0.99).float().mean() - wall) < 0.15
+    assert abs((background_share(sensor) > 0.99).float().mean() - wall) < 0.08
     bodies = background_share(sensor._replace(wall=0.0))
     assert bodies.max() < 0.7
-    assert abs((bodies > 0.02).float().mean() - body) < 0.15
+    assert abs((bodies > 0.02).float().mean() - body) < 0.08
 
 
 @pytest.mark.parametrize("name", SENSORS)

@@ -17,6 +17,7 @@ from frames.cameras import PRESETS, read_depth
 from frames.drawing import write_picture
 from frames.transforms import Camera, xyz2uvd
 from rendering import anatomy, hand
+from rendering.poses import NOISE_COLUMNS, Noise, draw_hands, gesture_angles
 from rendering.scene import SCENE_COLUMNS, draw_scenes, render_scene
 from rendering.sensor import SENSORS, measure
 from rendering.surface import render_depth
@@ -67,7 +68,7 @@ def draw_real_and_rendered(real, out):
 
 def draw_gestures(out):
     """Write a sheet of all gestures, seen from the palm and from the thumb's side, with joints."""
-    angles = hand.gesture_angles(torch.zeros(1))
+    angles = gesture_angles(torch.zeros(1))
     count, camera = len(angles), Camera(480.0, 480.0, 80.0, 100.0)
     rows = []
     for turn in (0.35, 1.3):
@@ -103,8 +104,8 @@ def _sketch(depth_mm, joints_uvd):
 
 def draw_angles(out):
     """Write histograms of the angles and bone lengths of 10,000 drawn hands with their limits."""
-    uniform = torch.rand(10000, hand.NOISE_COLUMNS, generator=torch.Generator().manual_seed(0))
-    hands = hand.draw_hands(hand.Noise(uniform))
+    uniform = torch.rand(10000, NOISE_COLUMNS, generator=torch.Generator().manual_seed(0))
+    hands = draw_hands(Noise(uniform))
     panels = {}
     for name, limits in anatomy.LIMITS_DEG.items():
         columns = [k for k, other in enumerate(anatomy.ANGLES) if other == name]

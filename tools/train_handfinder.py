@@ -34,8 +34,9 @@ from frames.handfinder import (
 )
 from frames.transforms import Camera, Frame, uvd2xyz
 from rendering.anatomy import GESTURES
-from rendering.hand import Noise, draw_hands, gesture_angles, limits_rad, move_to
+from rendering.hand import move_to
 from rendering.layouts import process_map
+from rendering.poses import Noise, draw_hands, gesture_angles, limits_rad
 from rendering.scene import SCENE_COLUMNS, add_background, render_scene
 from rendering.sensor import SENSORS, measure
 from utils import HelpFormatter, UserError, run, usable_cores
