@@ -46,10 +46,11 @@ def averaged(network, decay):
 def load_weights(network, path):
     """Give a network the weights of a checkpoint file; return the names of what stays as it is.
 
-    That is a second stage that the file has not, and weights of layers whose size is the number of joints, or
-    of a FullRegression's maps, where that differs. A third stage, and any later one, begins as a copy of the
-    file's last: it reads the same maps. Convolutions do not depend on label_size: a network learns
-    fast on coarse maps and in one stage, and goes on from there on finer ones and in more.
+    That is weights of layers whose size is the number of joints, or of a FullRegression's maps, where that
+    differs, and stages that a file of one stage has not: the first reads other inputs than they. Where the
+    file has more, those that it has not begin as copies of its last. Convolutions do not depend on
+    label_size: a network learns fast on coarse maps and in one stage, and goes on from there on finer ones
+    and in more.
     Raises UserError where the file is no checkpoint, or another network's.
     """
     (other, _), own = read_network(path), network.state_dict()
@@ -59,13 +60,13 @@ def load_weights(network, path):
         if there != here and name != "label_size" and not grows:
             raise UserError(f"--init {path} is of another network: its {name} is {there}, here {here}")
     weights = other.state_dict()
-    added = [f"stages.{number}" for number in range(other.param["stage"], network.param["stage"])]
+    anew = [f"stages.{number}" for number in range(other.param["stage"], network.param["stage"])]
     if other.param["stage"] > 1:
         last = f"stages.{other.param['stage'] - 1}."
         copied = {name.removeprefix(last): weights[name] for name in weights if name.startswith(last)}
-        weights |= {f"{stage}.{name}": copied[name] for stage in added for name in copied}
-        added = []
+        weights |= {f"{stage}.{name}": copied[name] for stage in anew for name in copied}
+        anew = []
     kept = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     network.load_state_dict({name: own[name] if name in kept else weights[name] for name in own})
     names = (name for name, _ in network.named_parameters() if name in kept)
-    return added + [name for name in names if ".".join(name.split(".")[:2]) not in added]
+    return anew + [name for name in names if ".".join(name.split(".")[:2]) not in anew]

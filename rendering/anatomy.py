@@ -77,8 +77,8 @@ THUMB = {
     "on little": (7, 56, 54, 37),
 }
 # S straight, R relaxed, C closed, L loosely so, H hooked, E with the knuckle bent too, D draped over the
-# thumb, F flat and bent at the knuckle, K half so, P and O with the tip at the thumb's, B bent evenly, X
-# before and Y behind a finger that it crosses, T over the thumb, M tightly so.
+# thumb, F flat and bent at the knuckle, K a little less, P and O with the tip at the thumb's, B bent evenly,
+# X before and Y behind a finger that it crosses, T over the thumb, M tightly so.
 FINGER = {
     "S": (2, 4),
     "R": (22, 28),
@@ -174,21 +174,26 @@ BALLS_MM = ((-4.0, 2.5, 8.0), (-2.5, 3.5, 14.0))
 BALL_RADII_MM = ((9.0, 15.0, 2.0), (9.0, 13.0, 3.0))
 # Thickness of fingers and palm over what girth makes of them: the least and the largest.
 FINGER_GIRTH, PALM_GIRTH = (0.92, 1.1), (0.95, 1.15)
-# Fingers that touch leave grooves so deep, and none once their skin is so far apart.
+# Fingers that touch leave grooves so deep; nothing fills the gap once their skin is so far apart.
 GROOVE_MM, PARTED_MM = 2.0, 6.0
-# In a fist the balls come forward, to the fingers, by this share of the bone that they lie on.
+# As the knuckles bend the balls move to the fingers, in a fist by this share of the bone that they lie on.
+# Two spheres rise out of the palm: one below the fingertips, one between the balls. Their radius; how far
+# from the balls to the knuckles the first is; by what share they rise less where a stretched palm is hollow.
 BALLS_FORWARD = 0.15
+CUSHION_MM, CUSHION_FORWARD, CUSHION_LESS = 12.0, 0.25, 0.3
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
 BULGE = (0.03, 0.05, 0.03, 0.0)
 # Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.
 ARM_MM = ((9.5, 4.0), (19.0, 8.0))
 SLEEVE_MM = (10.0, 5.0)  # cloth and folds at the sleeve's end and at the elbow
 # Spheres of the surface: 4 a finger (0..19), then what `_palm_spheres`, `_forearm_spheres`
-# and `_between_fingers` add.
-PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, CUSHION, BETWEEN = range(20, 27)
+# and `_groove_spheres` add.
+PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, CUSHION, PALM_MIDDLE = range(20, 27)
 WEBS = range(27, 30)
 WRIST_R, WRIST_U, ELBOW_R, ELBOW_U, SLEEVE_R, SLEEVE_U = range(30, 36)
-GROOVES = 36  # middle joints, end joints and tips, from the groove of index and middle finger on
+GROOVES = range(
+    36, 45
+)  # three each (middle joint, end joint, tip): index and middle finger .. ring and little
 # Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
 # Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
 HAND_WEDGES = (
@@ -207,16 +212,16 @@ HAND_WEDGES = (
     (PALM_INDEX, PALM_LITTLE, WRIST_R),
     (PALM_LITTLE, WRIST_R, WRIST_U),
     (0, PALM_INDEX, WRIST_R),
-    (THENAR, CUSHION, BETWEEN),
-    (HYPOTHENAR, CUSHION, BETWEEN),
+    (THENAR, CUSHION, PALM_MIDDLE),
+    (HYPOTHENAR, CUSHION, PALM_MIDDLE),
     *((4 * k, 4 * k + 4, web) for k, web in enumerate(WEBS, start=1)),
 )
 HAND_CONES = (
     *((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3)),
     (0, THENAR),
     (THENAR, 1),
-    *((web, GROOVES + 3 * k) for k, web in enumerate(WEBS)),
-    *((GROOVES + 3 * k + j, GROOVES + 3 * k + j + 1) for k in range(3) for j in range(2)),
+    *((web, GROOVES[3 * k]) for k, web in enumerate(WEBS)),
+    *((GROOVES[3 * k + j], GROOVES[3 * k + j + 1]) for k in range(3) for j in range(2)),
 )
 ARM_WEDGES = (
     (WRIST_R, WRIST_U, ELBOW_R),

@@ -28,7 +28,7 @@ class Hands(NamedTuple):
     forearm_mm: Tensor  # [B]
     arm_girth: Tensor  # [B] thickness of the forearm over the mean one's
     sleeve_mm: Tensor  # [B] from the wrist to where a sleeve begins; beyond the forearm there is none
-    hollow: Tensor  # [B] of the stretched palm, 0 (flat) to 1
+    hollow: Tensor  # [B] of the stretched palm, 0 (flat) to 1; such a palm rises less in a fist
     flesh: Tensor  # [B, 2] thickness of fingers and palm over what girth makes of them
 
 
@@ -37,26 +37,6 @@ def _turn(rotation: Tensor, vectors: Tensor) -> Tensor:
     w, q = rotation[:, None, :1], rotation[:, None, 1:].expand_as(vectors)
     twice = 2 * torch.linalg.cross(q, vectors)
     return vectors + w * twice + torch.linalg.cross(q, twice)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply quaternions [B, 4]: turn by b, then by a."""
-    (aw, ax, ay, az), (bw, bx, by, bz) = a.unbind(-1), b.unbind(-1)
-    return torch.stack(
-        (
-            aw * bw - ax * bx - ay * by - az * bz,
-            aw * bx + ax * bw + ay * bz - az * by,
-            aw * by - ax * bz + ay * bw + az * bx,
-            aw * bz + ax * by - ay * bx + az * bw,
-        ),
-        -1,
-    )
-
-
-def about(axis: tuple, angle: Tensor) -> Tensor:
-    """Return the quaternions [B, 4] of turns by angle [B] about the unit axis (x, y, z; numbers or [B])."""
-    sine = torch.sin(angle / 2)
-    return torch.stack((torch.cos(angle / 2), *(sine * part for part in axis)), -1)
 
 
 def _local_joints(bones_mm: Tensor, angles: Tensor) -> Tensor:
@@ -129,28 +109,31 @@ def _local_spheres(hands: Hands, joints: Tensor) -> tuple[Tensor, Tensor]:
     # Flesh between bent bones goes to the sides.
     pressed = hands.angles[:, 2:20:4].clamp(min=0)[..., None] * radii.new_tensor(anatomy.BULGE)
     sizes = radii * (1 + pressed)
-    between, between_radii = _between_fingers(fingers.reshape(-1, 5, 4, 3), sizes * girth[..., None])
+    grooves, groove_radii = _groove_spheres(fingers.reshape(-1, 5, 4, 3), sizes * girth[..., None])
     sizes = torch.cat((sizes.flatten(1), palm_radii), 1) * girth
-    return torch.cat((fingers, palm, arm, between), 1), torch.cat((sizes, arm_radii, between_radii), 1)
+    return torch.cat((fingers, palm, arm, grooves), 1), torch.cat((sizes, arm_radii, groove_radii), 1)
 
 
-def _between_fingers(chains: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
-    """Return spheres 36..44 and their radii, which fill the grooves between fingers that touch.
+def _groove_spheres(chains: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+    """Return spheres 36..44 [B, 9, 3] and radii [B, 9]: flesh in the grooves between fingers that touch.
 
     chains [B, 5, 4, 3], radii [B, 5, 4]: the fingers' own. As fingers part these spheres shrink and withdraw
-    into the one nearer to the thumb.
+    into the one nearer to the thumb; along it the web of skin at their roots tapers off.
     """
     one, other = chains[:, 1:4, 1:], chains[:, 2:, 1:]
     size, other_size = radii[:, 1:4, 1:], radii[:, 2:, 1:]
     gap_mm = _length(one - other)[..., 0] - size - other_size
     closed = (1 - gap_mm / anatomy.PARTED_MM).clamp(0, 1)
     middle = one + 0.5 * closed[..., None] * (other - one)
-    filled = closed * ((size + other_size) / 2 - anatomy.GROOVE_MM).clamp(min=0.1)
+    filled = closed * ((size + other_size) / 2 - anatomy.GROOVE_MM)
     return middle.flatten(1, 2), filled.flatten(1)
 
 
 def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
-    """Return spheres 20..29: ends of the carpus, thenar, thumb web, hypothenar, cushions, webs."""
+    """Return spheres 20..29: ends of the carpus, thenar, thumb web, hypothenar, cushion, palm's middle, webs.
+
+    Unlike the other spheres' their radii are still to be multiplied by the girth.
+    """
     carpal = _carpus(hands.bones_mm)
     girth = hands.girth[:, None]
     palmar = chains.new_tensor((0.0, 0.0, -1.0))
@@ -164,16 +147,19 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     thenar = torch.lerp(chains[:, 0, 0], chains[:, 0, 1], 0.45 + shift) + palmar * rise[0] * girth
     web_thumb = 0.42 * carpal[:, 1] + 0.58 * chains[:, 1, 0] + palmar * 1.5 * girth
     hypothenar = torch.lerp(carpal[:, 4], chains[:, 4, 0], 0.4 + shift) + palmar * rise[1] * girth
-    # In a fist the palm rises between the balls, up to the fingertips; how far differs between people.
-    cushions = (thenar + hypothenar)[:, None] / 2
-    cushions = torch.cat((torch.lerp(cushions, chains[:, 1:4, 0].mean(1, keepdim=True), 0.25), cushions), 1)
-    cushions[..., 2] *= (closed * (1 - 0.3 * hands.hollow))[:, None]
+    # In a fist the palm rises, below the fingertips and between the balls.
+    middle = (thenar + hypothenar)[:, None] / 2
+    middle = torch.cat(
+        (torch.lerp(middle, chains[:, 1:4, 0].mean(1, keepdim=True), anatomy.CUSHION_FORWARD), middle), 1
+    )
+    middle[..., 2] *= (closed * (1 - anatomy.CUSHION_LESS * hands.hollow))[:, None]
     proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
     singles = torch.stack((carpal[:, 1], carpal[:, 4], thenar, web_thumb, hypothenar), 1)
-    palm, row = hands.flesh[:, 1:], chains.new_tensor
-    radii = (palm * row((14, 13)), size[0], 9 * palm, size[1], palm * row((12.0, 12.0, 5.5, 5.5, 5.0)))
-    return torch.cat((singles, cushions, webs), 1), torch.cat(radii, 1)
+    palm, cushion = hands.flesh[:, 1:], anatomy.CUSHION_MM
+    last = palm * palm.new_tensor((cushion, cushion, 5.5, 5.5, 5.0))
+    radii = (14 * palm, 13 * palm, size[0], 9 * palm, size[1], last)
+    return torch.cat((singles, middle, webs), 1), torch.cat(radii, 1)
 
 
 def _between(ends: tuple, share: Tensor) -> Tensor:
@@ -232,7 +218,8 @@ def hand_and_arm(hands: Hands) -> tuple[Surface, Surface]:
 def overlap_mm(bones_mm: Tensor, girth: Tensor, angles: Tensor) -> Tensor:
     """Return how deeply [B], in mm, the flesh of two fingers, or of finger and palm, intersects at worst.
 
-    It is judged on flesh of mean thickness (`Hands.flesh` 1) that does not bulge.
+    It is judged on flesh of mean thickness (`Hands.flesh` 1) that does not bulge, and on a palm that does not
+    rise to the fingertips.
     """
     chains = _local_joints(bones_mm, angles)[:, 1:].reshape(-1, 5, 4, 3)
     radii = chains.new_tensor(anatomy.RADII_MM)

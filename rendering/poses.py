@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from rendering import anatomy
-from rendering.hand import Hands, about, elbow_xyz, overlap_mm, product
+from rendering.hand import Hands, elbow_xyz, overlap_mm
 
-WRIST_DEG, WRIST_SD_DEG = (-15.0, 0.0), (26.0, 11.0)  # flexion, deviation
+# Mean and standard deviation of the wrist's flexion (negative: bent back) and deviation.
+WRIST_DEG, WRIST_SD_DEG = (-15.0, 0.0), (26.0, 11.0)
 TOGETHER = 0.6  # correlation of one finger's change with what is common to all
 GRIP_TRIES = 8  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
 OVERLAP_MM = 5.0  # flesh may be pressed this deep
@@ -113,6 +114,26 @@ def _coupled(angles: Tensor, dip_offset: Tensor) -> Tensor:
     return angles.clamp(low, high)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply quaternions [B, 4]: turn by b, then by a."""
+    (aw, ax, ay, az), (bw, bx, by, bz) = a.unbind(-1), b.unbind(-1)
+    return torch.stack(
+        (
+            aw * bw - ax * bx - ay * by - az * bz,
+            aw * bx + ax * bw + ay * bz - az * by,
+            aw * by - ax * bz + ay * bw + az * bx,
+            aw * bz + ax * by - ay * bx + az * bw,
+        ),
+        -1,
+    )
+
+
+def _about(axis: tuple, angle: Tensor) -> Tensor:
+    """Return the quaternions [B, 4] of turns by angle [B] about the unit axis (x, y, z; numbers or [B])."""
+    sine = torch.sin(angle / 2)
+    return torch.stack((torch.cos(angle / 2), *(sine * part for part in axis)), -1)
+
+
 def _draw_rotations(noise: Noise) -> Tensor:
     """Draw rotations [B, 4], fingers up: palm, less often back, one in six any side to the camera; one in
     eight anything.
@@ -125,13 +146,15 @@ def _draw_rotations(noise: Noise) -> Tensor:
     choice = noise.uniform(3)
     side = 2 * math.pi * noise.uniform(1)[:, 0]
     back = math.pi * (choice[:, 0] < 0.45).to(a.dtype)
-    facing = about((0, 1, 0), torch.where(choice[:, 0] < 1 / 6, side, back))
+    facing = _about((0, 1, 0), torch.where(choice[:, 0] < 1 / 6, side, back))
     direction = 2 * math.pi * noise.uniform(1)[:, 0]
-    tilt = about((direction.cos(), direction.sin(), 0 * direction), torch.deg2rad(38 * noise.normal(1)[:, 0]))
+    tilt = _about(
+        (direction.cos(), direction.sin(), 0 * direction), torch.deg2rad(38 * noise.normal(1)[:, 0])
+    )
     roll = torch.where(
         choice[:, 1] < 0.75, torch.deg2rad(35 * noise.normal(1)[:, 0]), math.pi * noise.uniform(1, -1)[:, 0]
     )
-    frontal = product(about((0, 0, 1), roll), product(tilt, facing))
+    frontal = _product(_about((0, 0, 1), roll), _product(tilt, facing))
     return torch.where(choice[:, 2:] < 0.125, free, frontal)
 
 

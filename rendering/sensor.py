@@ -29,7 +29,7 @@ class Sensor(NamedTuple):
     step_per_m2: float = 0.0
     noise_per_m2: float = 2.0  # standard deviation at 1 m
     baseline_mm: float = 0.0
-    edge_px: float = 0.8  # standard deviation of a silhouette's raggedness
+    edge_px: float = 0.8  # largest standard deviation of a silhouette's raggedness
     gap_px: int = 0  # how wide a surface is not measured beside a nearer one
     flying: float = 0.0  # share of edge pixels between the two surfaces
     bridged_mm: float = 0.0  # between surfaces so near behind each other all is measured
@@ -88,6 +88,7 @@ def measure(depth_mm: Tensor, sensor: Sensor, fx_px: float, generator: torch.Gen
     uneven += _smooth_noise(cells_mm, 16, generator)
     lost = _lost(cells_mm, nearest_mm, sensor, fx_px / cell, uneven)
     shift = torch.randn(2, *cells_mm.shape, device=depth_mm.device, generator=generator)
+    # Edges of one frame are more ragged than those of another: by a fifth of edge_px to all of it.
     smooth = torch.rand(len(depth_mm), 1, 1, device=depth_mm.device, generator=generator)
     shift = (shift * (1 - 0.8 * smooth) * (sensor.edge_px * fx_px / sensor.camera.fx)).round().long()
     lost = lost | _look_aside(lost, (shift / cell).round().long())

@@ -211,7 +211,7 @@ def test_palms_are_flat_or_hollow_and_fingers_and_palms_of_their_own_thickness()
 
 
 def frontal_depth(gesture):
-    """Return joints [21, 3] in pixels and mm, and the exact depth [300, 300] of a palm of mean measures."""
+    """Return joints_uvd [21, 3] and the exact depth [300, 300] of a mean hand, its palm to the camera."""
     bones_mm, girth = mean_hands(1)
     angles = poses.gesture_angles(torch.zeros(1))[[list(anatomy.GESTURES).index(gesture)]]
     upright, wrist_mm = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([[0.0, 80, 600]])
@@ -223,36 +223,37 @@ def frontal_depth(gesture):
 
 
 def test_fingers_that_touch_leave_shallow_grooves():
-    joints, depth = frontal_depth("fist")
-    ends = joints[7::4, :2]
+    joints_uvd, depth = frontal_depth("thumb up")
+    ends = joints_uvd[7:20:4, :2]
     between = (ends[:-1] + ends[1:]) / 2
     on_mm, between_mm = (depth[tuple(pixels.flip(1).round().long().T)] for pixels in (ends, between))
-    assert (between_mm - (on_mm[:-1] + on_mm[1:]) / 2).max() < 3.5
+    groove_mm = between_mm - (on_mm[:-1] + on_mm[1:]) / 2
+    assert (groove_mm[:2] > 1).all() and (groove_mm < 2.5).all()
 
 
-def test_nothing_is_between_fingers_that_have_parted():
+def test_flesh_between_fingers_that_part_goes_into_one_of_them():
     hands = hands_of(500)
     centres, radii = hand._local_spheres(hands, hand._local_joints(hands.bones_mm, hands.angles))
-    fingers, sizes = (
-        centres[:, :20].reshape(-1, 5, 4, 3)[:, 1:, 1:],
-        radii[:, :20].reshape(-1, 5, 4)[:, 1:, 1:],
-    )
+    fingers, sizes = (part[:, :20].unflatten(1, (5, 4))[:, 1:, 1:] for part in (centres, radii))
     gap_mm = (fingers[:, :-1] - fingers[:, 1:]).norm(dim=-1) - sizes[:, :-1] - sizes[:, 1:]
-    between, between_radii = centres[:, anatomy.GROOVES :], radii[:, anatomy.GROOVES :]
+    between, between_radii = centres[:, anatomy.GROOVES], radii[:, anatomy.GROOVES]
     apart = gap_mm.flatten(1) > anatomy.PARTED_MM + 0.01
     assert 0.1 < apart.float().mean() < 0.9
     assert (between_radii[apart] == 0).all() and (between_radii[~apart] > 0).float().mean() > 0.99
     assert torch.equal(between[apart], fingers[:, :-1].flatten(1, 2)[apart])
+    joints_uvd, depth = frontal_depth("two")
+    u, v = ((joints_uvd[7] + joints_uvd[11]) / 2)[:2].round().long().tolist()  # of two stretched fingers
+    assert not depth[v, u].isfinite()
 
 
 def test_in_a_fist_the_palm_rises_up_to_the_fingertips():
-    joints, depth = frontal_depth("fist")
-    u, v = joints[11, :2].round().long().tolist()  # the middle finger's end joint, where it is folded
+    joints_uvd, depth = frontal_depth("fist")
+    u, v = joints_uvd[11, :2].round().long().tolist()  # the middle finger's end joint, where it is folded
     below = depth[v : v + 60, u]
     assert below.isfinite().all() and below.max() - below.min() < 25
-    joints, depth = frontal_depth("open")
-    u, v = ((joints[0] + joints[9]) / 2)[:2].round().long().tolist()
-    assert joints[9, 2] - depth[v, u] < 15  # a flat palm stays flat
+    joints_uvd, depth = frontal_depth("open")
+    u, v = ((joints_uvd[0] + joints_uvd[9]) / 2)[:2].round().long().tolist()
+    assert joints_uvd[9, 2] - depth[v, u] < 15  # a flat palm stays flat
 
 
 def test_wrists_are_bent_back_more_often_than_forward():

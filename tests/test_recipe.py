@@ -161,13 +161,25 @@ def test_a_stage_that_the_file_has_not_begins_anew_and_is_named(tmp_path):
         assert torch.equal(value, before[name] if anew else one.state_dict()[name])
 
 
-def test_a_third_stage_begins_as_a_copy_of_the_second(tmp_path):
+def test_stages_beyond_the_second_begin_as_copies_of_the_last(tmp_path):
     torch.manual_seed(0)
     two, four = small_network(stage=2), small_network(stage=4)
     assert load_weights(four, save(two, tmp_path / "a.pt")) == []
     for name, value in two.state_dict().items():
         for number in (1, 2, 3):
             assert torch.equal(four.state_dict()[name.replace("stages.1.", f"stages.{number}.")], value)
+
+
+def test_stages_that_cannot_be_copied_begin_anew_and_are_named(tmp_path):
+    torch.manual_seed(0)
+    one, two, other = small_network(stage=1), small_network(stage=2), small_network(14, stage=3)
+    assert load_weights(small_network(stage=3), save(one, tmp_path / "a.pt")) == ["stages.1", "stages.2"]
+    left_out = load_weights(other, save(two, tmp_path / "b.pt"))
+    assert "stages.2.conv.weight" in left_out and "stages.2" not in left_out
+    for name, value in two.state_dict().items():
+        copy = name.replace("stages.1.", "stages.2.")
+        if name.startswith("stages.1.") and copy not in left_out:
+            assert torch.equal(other.state_dict()[copy], value)
 
 
 @pytest.mark.parametrize("option", [{"features": 48}, {"stage": 3}, {"norm_method": "batch"}])

@@ -25,7 +25,7 @@ from tools.show import contact_sheet
 from utils import HelpFormatter, UserError, atomic_path, run
 
 # Frames whose views look like the real ones beside them.
-RENDERED = [("NYU", 2), ("SR305", 23), ("SR305", 20), ("SR305", 13), ("SR305", 24)]
+RENDERED = [("NYU", 7), ("SR305", 50), ("SR305", 34), ("SR305", 51), ("SR305", 24)]
 GESTURES_A_ROW = 14
 SMALLEST = cv2.IMWRITE_PNG_COMPRESSION, 9
 REAL_SR305 = ("230536_110", "230536_70", "231615_100", "231615_220")
