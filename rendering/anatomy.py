@@ -191,9 +191,8 @@ SLEEVE_MM = (10.0, 5.0)  # cloth and folds at the sleeve's end and at the elbow
 PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, CUSHION, PALM_MIDDLE = range(20, 27)
 WEBS = range(27, 30)
 WRIST_R, WRIST_U, ELBOW_R, ELBOW_U, SLEEVE_R, SLEEVE_U = range(30, 36)
-GROOVES = range(
-    36, 45
-)  # three each (middle joint, end joint, tip): index and middle finger .. ring and little
+# Middle joint, end joint and tip of the groove of index and middle finger, then of the other two grooves.
+GROOVES = range(36, 45)
 # Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
 # Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
 HAND_WEDGES = (

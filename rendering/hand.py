@@ -103,15 +103,15 @@ def _local_spheres(hands: Hands, joints: Tensor) -> tuple[Tensor, Tensor]:
     reach = chains[:, :, 3] - chains[:, :, 2]
     inset = (radii[..., 3] * girth - anatomy.SOFT_TIP_MM)[..., None] / _length(reach)
     ends = chains[:, :, 3] - inset * reach
-    fingers = torch.cat((chains[:, :, :3], ends[:, :, None]), 2).reshape(-1, 20, 3)
+    fingers = torch.cat((chains[:, :, :3], ends[:, :, None]), 2)
     palm, palm_radii = _palm_spheres(hands, chains)
     arm, arm_radii = _forearm_spheres(hands)
     # Flesh between bent bones goes to the sides.
     pressed = hands.angles[:, 2:20:4].clamp(min=0)[..., None] * radii.new_tensor(anatomy.BULGE)
-    sizes = radii * (1 + pressed)
-    grooves, groove_radii = _groove_spheres(fingers.reshape(-1, 5, 4, 3), sizes * girth[..., None])
-    sizes = torch.cat((sizes.flatten(1), palm_radii), 1) * girth
-    return torch.cat((fingers, palm, arm, grooves), 1), torch.cat((sizes, arm_radii, groove_radii), 1)
+    radii = radii * (1 + pressed) * girth[..., None]
+    grooves, groove_radii = _groove_spheres(fingers, radii)
+    centres = torch.cat((fingers.flatten(1, 2), palm, arm, grooves), 1)
+    return centres, torch.cat((radii.flatten(1), palm_radii, arm_radii, groove_radii), 1)
 
 
 def _groove_spheres(chains: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,10 +130,7 @@ def _groove_spheres(chains: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
-    """Return spheres 20..29: ends of the carpus, thenar, thumb web, hypothenar, cushion, palm's middle, webs.
-
-    Unlike the other spheres' their radii are still to be multiplied by the girth.
-    """
+    """Return spheres 20..29 and radii: the carpus' ends, both balls, webs, and what rises in a fist."""
     carpal = _carpus(hands.bones_mm)
     girth = hands.girth[:, None]
     palmar = chains.new_tensor((0.0, 0.0, -1.0))
@@ -148,18 +145,17 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     web_thumb = 0.42 * carpal[:, 1] + 0.58 * chains[:, 1, 0] + palmar * 1.5 * girth
     hypothenar = torch.lerp(carpal[:, 4], chains[:, 4, 0], 0.4 + shift) + palmar * rise[1] * girth
     # In a fist the palm rises, below the fingertips and between the balls.
-    middle = (thenar + hypothenar)[:, None] / 2
-    middle = torch.cat(
-        (torch.lerp(middle, chains[:, 1:4, 0].mean(1, keepdim=True), anatomy.CUSHION_FORWARD), middle), 1
-    )
-    middle[..., 2] *= (closed * (1 - anatomy.CUSHION_LESS * hands.hollow))[:, None]
+    middle = (thenar + hypothenar) / 2
+    cushion = torch.lerp(middle, chains[:, 1:4, 0].mean(1), anatomy.CUSHION_FORWARD)
+    rising = torch.stack((cushion, middle), 1)
+    rising[..., 2] *= (closed * (1 - anatomy.CUSHION_LESS * hands.hollow))[:, None]
     proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
     singles = torch.stack((carpal[:, 1], carpal[:, 4], thenar, web_thumb, hypothenar), 1)
-    palm, cushion = hands.flesh[:, 1:], anatomy.CUSHION_MM
-    last = palm * palm.new_tensor((cushion, cushion, 5.5, 5.5, 5.0))
+    palm = hands.flesh[:, 1:]
+    last = palm * palm.new_tensor((anatomy.CUSHION_MM, anatomy.CUSHION_MM, 5.5, 5.5, 5.0))
     radii = (14 * palm, 13 * palm, size[0], 9 * palm, size[1], last)
-    return torch.cat((singles, middle, webs), 1), torch.cat(radii, 1)
+    return torch.cat((singles, rising, webs), 1), torch.cat(radii, 1) * girth
 
 
 def _between(ends: tuple, share: Tensor) -> Tensor:
