@@ -64,11 +64,12 @@ THUMB = {
     "in": (20, 48, 55, 38),
     "palm": (4, 8, 55, 76),
     "low": (18, 19, 55, 74),
-    "between 1 and 2": (31, 0, 49, 79),
-    "between 2 and 3": (24, 12, 55, 79),
-    "between 3 and 4": (6, 12, 55, 79),
-    "lateral": (10, 14, 10, 19),
+    "between 1 and 2": (27, 0, 52, 77),
+    "between 2 and 3": (14, 0, 55, 80),
+    "between 3 and 4": (3, 3, 54, 77),
+    "lateral": (9, 20, 4, 34),
     "opposed": (32, 50, 10, 18),
+    "parallel": (28, 58, 5, 6),
     "tip": (46, 40, 40, 62),
     "index": (36, 43, 34, 30),
     "middle": (9, 52, 27, 2),
@@ -86,7 +87,7 @@ FINGER = {
     "L": (70, 84),
     "H": (8, 92),
     "E": (36, 108),
-    "D": (74, 64),
+    "D": (75, 87),
     "F": (70, 12),
     "K": (60, 6),
     "P": (58, 52),
@@ -94,8 +95,8 @@ FINGER = {
     "B": (38, 40),
     "X": (16, 12),
     "Y": (-10, 6),
-    "T": (57, 75),
-    "M": (74, 74),
+    "T": (73, 85),
+    "M": (75, 92),
 }
 # Gesture: thumb state and the states of index, middle, ring and little finger, then how far they are spread
 # (0..1) or their abductions in degrees. Single capitals: letters that no other gesture shows.
@@ -139,6 +140,7 @@ GESTURES = {
     "M": ("between 3 and 4", "MMMC", 0.0),
     "N": ("between 2 and 3", "DDCC", 0.0),
     "O": ("tip", "OOOO", 0.0),
+    "Q": ("parallel", "FCCC", 0.0),
     "R": ("in", "XYCC", (-14, 14, 0, 0)),
     "T": ("between 1 and 2", "TCCC", 0.0),
     "X": ("across", "ECCC", 0.0),
@@ -166,21 +168,25 @@ RADII_MM = (
     (11.4, 9.4, 8.2, 7.1),
     (10.4, 8.3, 7.2, 6.3),
 )
+THUMB_FLAT = 0.8  # a thumb under fingers is so thick at its end joint and tip, over what its radii are
 # A stretched palm is flat, or hollow between the balls of the thumb and of the little finger, more so in some
 # people than in others: radius of the thumb's base, and how far the balls rise out of the palm, with their
 # radii, where it is flat and where it is hollow, and by how much more in a fist, whose fingers press on them.
 THUMB_BASE_MM = (10.5, 14.4)
-BALLS_MM = ((-4.0, 2.5, 8.0), (-2.5, 3.5, 14.0))
+BALLS_MM = ((-4.0, 2.5, 8.0), (-2.5, 3.5, 11.5))
 BALL_RADII_MM = ((9.0, 15.0, 2.0), (9.0, 13.0, 3.0))
 # Thickness of fingers and palm over what girth makes of them: the least and the largest.
 FINGER_GIRTH, PALM_GIRTH = (0.92, 1.1), (0.95, 1.15)
 # Fingers that touch leave grooves so deep; nothing fills the gap once their skin is so far apart.
 GROOVE_MM, PARTED_MM = 2.0, 6.0
 # As the knuckles bend the balls move to the fingers, in a fist by this share of the bone that they lie on.
-# Two spheres rise out of the palm: one below the fingertips, one between the balls. Their radius; how far
-# from the balls to the knuckles the first is; by what share they rise less where a stretched palm is hollow.
+# So far the heel of the hand comes out, from where the little finger's metacarpal begins.
+# Two spheres rise out of the palm: one below the fingertips, one between the balls. Their radius, and how
+# much it grows in a fist; how far from the balls to the knuckles the first is; by what share they rise less
+# where a stretched palm is hollow.
 BALLS_FORWARD = 0.15
-CUSHION_MM, CUSHION_FORWARD, CUSHION_LESS = 12.0, 0.25, 0.3
+HEEL_MM = (-6.0, 2.0, -6.0)
+CUSHION_MM, CUSHION_FORWARD, CUSHION_LESS = (12.0, 2.0), 0.25, 0.25
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
 BULGE = (0.03, 0.05, 0.03, 0.0)
 # Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.
@@ -213,6 +219,9 @@ HAND_WEDGES = (
     (0, PALM_INDEX, WRIST_R),
     (THENAR, CUSHION, PALM_MIDDLE),
     (HYPOTHENAR, CUSHION, PALM_MIDDLE),
+    (0, PALM_LITTLE, PALM_MIDDLE),
+    (0, THENAR, PALM_MIDDLE),
+    (HYPOTHENAR, PALM_LITTLE, PALM_MIDDLE),
     *((4 * k, 4 * k + 4, web) for k, web in enumerate(WEBS, start=1)),
 )
 HAND_CONES = (

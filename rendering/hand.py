@@ -143,7 +143,8 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     shift = (anatomy.BALLS_FORWARD * closed)[:, None]
     thenar = torch.lerp(chains[:, 0, 0], chains[:, 0, 1], 0.45 + shift) + palmar * rise[0] * girth
     web_thumb = 0.42 * carpal[:, 1] + 0.58 * chains[:, 1, 0] + palmar * 1.5 * girth
-    hypothenar = torch.lerp(carpal[:, 4], chains[:, 4, 0], 0.4 + shift) + palmar * rise[1] * girth
+    heel = carpal[:, 4] + carpal.new_tensor(anatomy.HEEL_MM) * closed[:, None] * girth
+    hypothenar = torch.lerp(heel, chains[:, 4, 0], 0.4 + shift) + palmar * rise[1] * girth
     # In a fist the palm rises, below the fingertips and between the balls.
     middle = (thenar + hypothenar) / 2
     cushion = torch.lerp(middle, chains[:, 1:4, 0].mean(1), anatomy.CUSHION_FORWARD)
@@ -151,10 +152,11 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     rising[..., 2] *= (closed * (1 - anatomy.CUSHION_LESS * hands.hollow))[:, None]
     proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
-    singles = torch.stack((carpal[:, 1], carpal[:, 4], thenar, web_thumb, hypothenar), 1)
+    singles = torch.stack((carpal[:, 1], heel, thenar, web_thumb, hypothenar), 1)
     palm = hands.flesh[:, 1:]
-    last = palm * palm.new_tensor((anatomy.CUSHION_MM, anatomy.CUSHION_MM, 5.5, 5.5, 5.0))
-    radii = (14 * palm, 13 * palm, size[0], 9 * palm, size[1], last)
+    swollen = palm * (anatomy.CUSHION_MM[0] + anatomy.CUSHION_MM[1] * closed[:, None])
+    webbed = palm * palm.new_tensor((5.5, 5.5, 5.0))
+    radii = (14 * palm, (13 + closed[:, None]) * palm, size[0], 9 * palm, size[1], swollen, swollen, webbed)
     return torch.cat((singles, rising, webs), 1), torch.cat(radii, 1) * girth
 
 
@@ -214,11 +216,12 @@ def hand_and_arm(hands: Hands) -> tuple[Surface, Surface]:
 def overlap_mm(bones_mm: Tensor, girth: Tensor, angles: Tensor) -> Tensor:
     """Return how deeply [B], in mm, the flesh of two fingers, or of finger and palm, intersects at worst.
 
-    It is judged on flesh of mean thickness (`Hands.flesh` 1) that does not bulge, and on a palm that does not
-    rise to the fingertips.
+    It is judged on flesh of mean thickness (`Hands.flesh` 1) that does not bulge, on a thumb that is pressed
+    flat, and on a palm that does not rise to the fingertips.
     """
     chains = _local_joints(bones_mm, angles)[:, 1:].reshape(-1, 5, 4, 3)
     radii = chains.new_tensor(anatomy.RADII_MM)
+    radii[0, 2:] *= anatomy.THUMB_FLAT
     steps = chains.new_tensor((1 / 3, 2 / 3, 1.0))[:, None]
     points = chains[:, :, :3, None] + steps * (chains[:, :, 1:, None] - chains[:, :, :3, None])
     points = points.reshape(len(angles), 45, 3)  # (B, finger x bone x step, 3)

@@ -14,7 +14,7 @@ from rendering import anatomy
 from rendering.hand import Hands, elbow_xyz, overlap_mm
 
 # Mean and standard deviation of the wrist's flexion (negative: bent back) and deviation.
-WRIST_DEG, WRIST_SD_DEG = (-15.0, 0.0), (26.0, 11.0)
+WRIST_DEG, WRIST_SD_DEG = (-15.0, -8.0), (26.0, 13.0)
 TOGETHER = 0.6  # correlation of one finger's change with what is common to all
 GRIP_TRIES = 8  # poses drawn for a hand; the first whose fingers do not intersect deeply is taken
 OVERLAP_MM = 5.0  # flesh may be pressed this deep
