@@ -256,9 +256,25 @@ def test_in_a_fist_the_palm_rises_up_to_the_fingertips():
     assert joints_uvd[9, 2] - depth[v, u] < 15  # a flat palm stays flat
 
 
-def test_wrists_are_bent_back_more_often_than_forward():
-    flexion = hands_of(1000).angles[:, 20].rad2deg()
+def test_fingers_over_the_thumb_lie_near_the_palm():
+    names, bones_mm = list(anatomy.GESTURES), mean_hands(3)[0]
+    angles = poses.gesture_angles(torch.zeros(1))[[names.index(name) for name in "MNT"]]
+    joints = hand._local_joints(bones_mm, angles)
+    assert (joints[:, 8, 2] > -40).all()  # the index finger's tip, before the wrist
+    assert (joints[:, 4, 2] > joints[:, 7, 2] + 5).all()  # the thumb's tip behind its end joint
+
+
+def test_a_fist_has_a_heel_that_is_as_wide_as_the_knuckles():
+    joints_uvd, depth = frontal_depth("fist")
+    (u, v), knuckle = joints_uvd[0, :2].round().long().tolist(), joints_uvd[17, 0]
+    heel = depth[v - 25, :u].isfinite().sum()  # 15 mm from the wrist, on the little finger's side
+    assert heel > 1.04 * (u - knuckle)
+
+
+def test_wrists_are_bent_back_and_to_the_little_finger_more_often():
+    flexion, deviation = hands_of(1000).angles[:, 20:].rad2deg().T
     assert -19 < flexion.mean() < -11 and (flexion < 0).float().mean() > 0.65
+    assert -12 < deviation.mean() < -4
 
 
 def test_most_hands_face_the_camera_with_the_palm_or_less_often_the_back():
