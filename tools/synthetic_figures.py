@@ -26,7 +26,7 @@ from utils import HelpFormatter, UserError, atomic_path, run
 
 # Frames whose views look like the real ones beside them.
 RENDERED = [("NYU", 7), ("SR305", 50), ("SR305", 34), ("SR305", 51), ("SR305", 24)]
-GESTURES_A_ROW = 14
+GESTURES_A_ROW = 15
 SMALLEST = cv2.IMWRITE_PNG_COMPRESSION, 9
 REAL_SR305 = ("230536_110", "230536_70", "231615_100", "231615_220")
 
@@ -92,6 +92,7 @@ def draw_gestures(out):
     cells = [np.vstack(pair) for pair in zip(*rows)]
     for cell, name in zip(cells, anatomy.GESTURES):
         cv2.putText(cell, name, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % GESTURES_A_ROW)
     write_picture(out / "gestures.png", contact_sheet(cells, GESTURES_A_ROW), SMALLEST)
 
 
