@@ -130,7 +130,7 @@ def _groove_spheres(chains: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
-    """Return spheres 20..29 and radii: the carpus' ends, both balls, webs, and what rises in a fist."""
+    """Return spheres 20..29 and radii: carpus and heel, both balls, webs, and what rises in a fist."""
     carpal = _carpus(hands.bones_mm)
     girth = hands.girth[:, None]
     palmar = chains.new_tensor((0.0, 0.0, -1.0))
