@@ -179,8 +179,8 @@ BALL_RADII_MM = ((9.0, 15.0, 2.0), (9.0, 13.0, 3.0))
 FINGER_GIRTH, PALM_GIRTH = (0.92, 1.1), (0.95, 1.15)
 # Fingers that touch leave grooves so deep; nothing fills the gap once their skin is so far apart.
 GROOVE_MM, PARTED_MM = 2.0, 6.0
-# As the knuckles bend the balls move to the fingers, in a fist by this share of the bone that they lie on, and
-# the heel of the hand comes out so far from where the little finger's metacarpal begins.
+# As the knuckles bend the balls move to the fingers, in a fist by this share of the bone that they lie on,
+# and the heel of the hand comes out so far from where the little finger's metacarpal begins.
 BALLS_FORWARD = 0.15
 HEEL_MM = (-6.0, 2.0, -6.0)
 # Two spheres rise out of the palm of a fist: one below the fingertips, one between the balls. Their radius
