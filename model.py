@@ -215,7 +215,7 @@ def initialise(network):
 
 
 def validate_sizes(
-    joints, stage, label_size, features, level, kernel_size, norm_method, heatmap_method="softmax"
+    joints, *, stage, label_size, features, level, kernel_size, norm_method, heatmap_method="softmax"
 ):
     """Raise ValueError for a size, norm or heatmap method that no network here can have."""
     for name, value, least in (
@@ -296,7 +296,7 @@ def spatial_form(uvd, label_img, mask, kernel_size=7, sigma=1.5):
     return heatmaps.to(uvd.dtype), depthmaps
 
 
-def losses(outputs, uvd, targets=None, alpha=1.0, lambda_h=1.0, lambda_d=0.01, coordinate_loss="squared"):
+def losses(outputs, uvd, targets=None, *, alpha=1.0, lambda_h=1.0, lambda_d=0.01, coordinate_loss="squared"):
     """Return the weighted loss terms, summed over stages, as a dict of scalars; their sum is the loss.
 
     `uvd` is [B, J, 3] normalised; `targets` = (heatmaps, depthmaps) is needed when alpha < 1.

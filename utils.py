@@ -15,8 +15,9 @@ from pathlib import Path
 
 import cv2
 
-# OpenMP's threads wait for each other by spinning, for so long that one whose core another process has loses
-# it a whole slice of time: ten times on a busy machine (docs/performance.md). Here they soon sleep instead.
+# OpenMP's threads wait for each other by spinning. Where another process needs the core, a spinning thread
+# holds it for a whole slice of time, which makes small networks ten times slower on a busy machine
+# (docs/performance.md). Here they soon sleep instead.
 # OpenMP reads it when torch is imported: scripts that need it import this module first; own settings count.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"

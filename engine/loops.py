@@ -51,8 +51,16 @@ def forward_losses(network, samples, args, mixed_precision=False):
     targets = None
     if args.alpha < 1:
         targets = spatial_form(samples.uvd, samples.label_img, samples.mask, args.kernel_size, args.sigmoid)
-    weights = args.alpha, args.lambda_h, args.lambda_d
-    return outputs, losses(outputs, samples.uvd, targets, *weights, args.coordinate_loss)
+    terms = losses(
+        outputs,
+        samples.uvd,
+        targets,
+        alpha=args.alpha,
+        lambda_h=args.lambda_h,
+        lambda_d=args.lambda_d,
+        coordinate_loss=args.coordinate_loss,
+    )
+    return outputs, terms
 
 
 def train_step(network, optimizer, samples, args):

@@ -195,7 +195,7 @@ def _add_frames(parser):
         f"{', '.join(PRESETS)}, which hold for the depth stream itself, not for depth aligned to colour"
     )
     add("--camera", required=True, metavar="FX,FY,U0,V0", help=camera)
-    unit = "mm that a stored 1 means (default: the camera's own unit, 0.125 for SR300 and SR305, else 1)"
+    unit = "mm that a stored 1 means (default: the camera file's, 0.125 for SR300 and SR305, else 1)"
     add("--depth_unit", type=float, help=unit)
 
 

@@ -77,12 +77,11 @@ class HandClassifier(nn.Module):
 
 
 class Picture(NamedTuple):
-    """A coarse depth picture [h, w], mm, its camera, and radius [h, w] (mm) of the largest disc around each
-    pixel that stays on its surface."""
+    """A coarse depth picture and how wide its surfaces are."""
 
-    depth_mm: np.ndarray
+    depth_mm: np.ndarray  # [h, w]
     camera: Camera
-    radius_mm: np.ndarray
+    radius_mm: np.ndarray  # [h, w] of the largest disc around each pixel that stays on its surface
 
 
 def find_center(frame, camera, near_uvd=None, bbox=None):

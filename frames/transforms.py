@@ -201,7 +201,7 @@ def draw_augmentation(
 def augment_image(image, augmentation):
     """Mirror, turn and scale a crop [S, S] about pixel (S // 2, S // 2); relative depths scale too.
 
-    Then a rectangle is emptied and noise added. The depths are in mm.
+    Then noise is added to what was measured, and last a rectangle is emptied. The depths are in mm.
     """
     if augmentation.flip:
         image = np.ascontiguousarray(image[:, ::-1])

@@ -33,7 +33,7 @@ GIRTH_LIMITS = (0.82, 1.2)
 # Lin, Wu & Huang 2000, Modeling the Constraints of Human Hand Motion; hyperextension, thumb and wrist within
 # the ranges of the American Academy of Orthopaedic Surgeons, Joint Motion, 1965 (thumb abduction 0..70, MCP
 # 0..50, IP 0..80, wrist flexion -70..80, deviation 20 radial, which is positive here, and 30 ulnar), but
-# that the thumb's last two joints go a few degrees further.
+# that the thumb goes 15 degrees across the palm, its MCP from -5 to 55 and its IP from -15.
 LIMITS_DEG = {
     "thumb_radial": (-15, 65),
     "thumb_palmar": (0, 65),
@@ -168,7 +168,9 @@ RADII_MM = (
     (11.4, 9.4, 8.2, 7.1),
     (10.4, 8.3, 7.2, 6.3),
 )
-THUMB_FLAT = 0.8  # a thumb under fingers is so thick at its end joint and tip, over what its radii are
+# Thickness of the thumb's end joint and tip, over its radii, where overlaps are judged: fingers on a thumb
+# press it flat. Rendered it is round all the same.
+THUMB_FLAT = 0.8
 # A stretched palm is flat, or hollow between the balls of the thumb and of the little finger, more so in some
 # people than in others: radius of the thumb's base, and how far the balls rise out of the palm, with their
 # radii, where it is flat and where it is hollow, and by how much more in a fist, whose fingers press on them.
@@ -194,7 +196,7 @@ ARM_MM = ((9.5, 4.0), (19.0, 8.0))
 SLEEVE_MM = (10.0, 5.0)  # cloth and folds at the sleeve's end and at the elbow
 # Spheres of the surface: 4 a finger (0..19), then what `_palm_spheres`, `_forearm_spheres`
 # and `_groove_spheres` add.
-PALM_INDEX, PALM_LITTLE, THENAR, WEB_THUMB, HYPOTHENAR, CUSHION, PALM_MIDDLE = range(20, 27)
+CARPUS_INDEX, HEEL, THENAR, WEB_THUMB, HYPOTHENAR, CUSHION, BETWEEN_BALLS = range(20, 27)
 WEBS = range(27, 30)
 WRIST_R, WRIST_U, ELBOW_R, ELBOW_U, SLEEVE_R, SLEEVE_U = range(30, 36)
 # Middle joint, end joint and tip of the groove of index and middle finger, then of the other two grooves.
@@ -202,26 +204,26 @@ GROOVES = range(36, 45)
 # Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
 # Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
 HAND_WEDGES = (
-    (4, 8, PALM_INDEX),
-    (8, PALM_INDEX, PALM_LITTLE),
-    (8, 12, PALM_LITTLE),
-    (12, 16, PALM_LITTLE),
-    (0, THENAR, PALM_INDEX),
+    (4, 8, CARPUS_INDEX),
+    (8, CARPUS_INDEX, HEEL),
+    (8, 12, HEEL),
+    (12, 16, HEEL),
+    (0, THENAR, CARPUS_INDEX),
     (0, 1, WEB_THUMB),
-    (0, PALM_INDEX, WEB_THUMB),
+    (0, CARPUS_INDEX, WEB_THUMB),
     (THENAR, 1, WEB_THUMB),
-    (16, HYPOTHENAR, PALM_LITTLE),
-    (THENAR, PALM_INDEX, WRIST_R),
-    (HYPOTHENAR, PALM_LITTLE, WRIST_U),
-    (THENAR, PALM_INDEX, PALM_LITTLE),
-    (PALM_INDEX, PALM_LITTLE, WRIST_R),
-    (PALM_LITTLE, WRIST_R, WRIST_U),
-    (0, PALM_INDEX, WRIST_R),
-    (THENAR, CUSHION, PALM_MIDDLE),
-    (HYPOTHENAR, CUSHION, PALM_MIDDLE),
-    (0, PALM_LITTLE, PALM_MIDDLE),
-    (0, THENAR, PALM_MIDDLE),
-    (HYPOTHENAR, PALM_LITTLE, PALM_MIDDLE),
+    (16, HYPOTHENAR, HEEL),
+    (THENAR, CARPUS_INDEX, WRIST_R),
+    (HYPOTHENAR, HEEL, WRIST_U),
+    (THENAR, CARPUS_INDEX, HEEL),
+    (CARPUS_INDEX, HEEL, WRIST_R),
+    (HEEL, WRIST_R, WRIST_U),
+    (0, CARPUS_INDEX, WRIST_R),
+    (THENAR, CUSHION, BETWEEN_BALLS),
+    (HYPOTHENAR, CUSHION, BETWEEN_BALLS),
+    (0, HEEL, BETWEEN_BALLS),
+    (0, THENAR, BETWEEN_BALLS),
+    (HYPOTHENAR, HEEL, BETWEEN_BALLS),
     *((4 * k, 4 * k + 4, web) for k, web in enumerate(WEBS, start=1)),
 )
 HAND_CONES = (

@@ -42,9 +42,6 @@ def _turn(rotation: Tensor, vectors: Tensor) -> Tensor:
 def _local_joints(bones_mm: Tensor, angles: Tensor) -> Tensor:
     """Return the joints [B, 21, 3] in the hand frame of a right hand."""
     base = _carpus(bones_mm)
-    base[:, 0] *= (bones_mm[:, 0, 0] / anatomy.BONES_MM[0][0] / (bones_mm[:, 2, 0] / anatomy.BONES_MM[2][0]))[
-        :, None
-    ]
     chains = [_thumb(base[:, 0], bones_mm[:, 0, 1:], angles[:, :4])]
     zero = torch.zeros_like(angles[:, 0])
     for k in range(1, 5):
@@ -62,8 +59,9 @@ def _local_joints(bones_mm: Tensor, angles: Tensor) -> Tensor:
 
 
 def _carpus(bones_mm: Tensor) -> Tensor:
-    """Return where thumb and metacarpals begin [B, 5, 3], further apart in longer hands."""
-    size = bones_mm[:, 2, :1] / anatomy.BONES_MM[2][0]
+    """Return where thumb and metacarpals begin [B, 5, 3], further from the wrist in longer hands."""
+    thumb, hand = (bones_mm[:, k, 0] / anatomy.BONES_MM[k][0] for k in (0, 2))
+    size = torch.stack((thumb, hand, hand, hand, hand), 1)
     return bones_mm.new_tensor(anatomy.CARPAL_MM) * size[..., None]
 
 
@@ -130,7 +128,11 @@ def _groove_spheres(chains: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
-    """Return spheres 20..29 and radii: carpus and heel, both balls, webs, and what rises in a fist."""
+    """Return spheres 20..29 [B, 10, 3] and radii [B, 10]: the palm and the webs at its fingers.
+
+    The index finger's carpus, the heel, the thumb's ball, its web, the little finger's ball; the cushion and
+    what is between the balls, which rise in a fist; three webs.
+    """
     carpal = _carpus(hands.bones_mm)
     girth = hands.girth[:, None]
     palmar = chains.new_tensor((0.0, 0.0, -1.0))

@@ -53,10 +53,10 @@ class Rendered(NamedTuple):
     """A frame: what the sensor measured, which pixels are the hand's, joints in the camera frame, centre."""
 
     depth_mm: np.ndarray  # [height, width] float32, sensor.missing_mm where nothing was measured
-    hand: np.ndarray  # [height, width] bool
+    hand: np.ndarray  # [height, width] bool, those of its pixels whose depth was measured within 30 mm
     joints_xyz: np.ndarray  # [21, 3] mm
-    center_uvd: np.ndarray  # [3] mean of the hand's pixels
-    rect: tuple  # left, top, width, height of the hand's pixels
+    center_uvd: np.ndarray  # [3] mean of the hand's pixels in the exact picture; zeros where it is hidden
+    rect: tuple  # left, top, width, height of these pixels
 
 
 def sensor_of(layout: str, sensor_name: str | None, number: int) -> Sensor:
@@ -75,7 +75,7 @@ def sensor_of(layout: str, sensor_name: str | None, number: int) -> Sensor:
 def render_frames(
     layout: str, seed: int, split: str, numbers: range, sensor_name: str | None = None
 ) -> list[Rendered]:
-    """Render frames `numbers` (from 0, of one CHUNK) of a split as `sensor_of` the first says."""
+    """Render frames `numbers` (from 0, of one CHUNK) of a split, all by `sensor_of` the first of them."""
     sensor = sensor_of(layout, sensor_name, numbers[0])
     generators = [np.random.default_rng([seed, SPLITS.index(split), number]) for number in numbers]
     uniform = torch.from_numpy(np.stack([rng.random(SCENE_COLUMNS, np.float32) for rng in generators]))
@@ -154,8 +154,8 @@ def nyu_joints(joints: np.ndarray) -> np.ndarray:
     """Return NYU's 36 joints [N, 36, 3] of our 21 [N, 21, 3], fingers from the little one.
 
     A finger has its tip, end joint, a point of the middle bone, middle joint, a point of the first bone, and
-    base; then come both sides of the wrist, the palm's middle, two points between it and the base of the
-    thumb, and the wrist.
+    base; then come both sides of the wrist (ulnar, radial), the palm's middle, the points halfway between it
+    and each of these, and the wrist.
     """
     slots = []
     for name in ("little", "ring", "middle", "index", "thumb"):

@@ -135,8 +135,9 @@ def _about(axis: tuple, angle: Tensor) -> Tensor:
 
 
 def _draw_rotations(noise: Noise) -> Tensor:
-    """Draw rotations [B, 4], fingers up: palm, less often back, one in six any side to the camera; one in
-    eight anything.
+    """Draw rotations [B, 4]: fingers up, the palm or less often the back to the camera.
+
+    One hand in six shows it any side of the forearm, one in eight is turned anyhow.
     """
     uniform = noise.uniform(3)
     a, b, c = uniform[:, 0], 2 * math.pi * uniform[:, 1], 2 * math.pi * uniform[:, 2]

@@ -69,7 +69,7 @@ def add_background(hands: Hands, noise: Noise, sensor: Sensor) -> Scene:
 
 
 def _body_spheres(hands: Hands, noise: Noise) -> Tensor:
-    """Return the first 8 spheres [B, 8, 4] of BODY_RADII_MM: a person who faces the camera."""
+    """Return the 8 spheres [B, 8, 4] of a person who faces the camera, in the order of BODY_RADII_MM."""
     u = noise.uniform(6)
     elbow = elbow_xyz(hands)
     x, y, z = elbow.unbind(1)

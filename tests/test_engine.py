@@ -129,7 +129,9 @@ def test_loss_is_weighted_as_the_options_say(alpha):
     outputs = [StageOutput(maps, 1 - maps, maps[..., 0, :3])]
     targets = spatial_form(samples.uvd, samples.label_img, samples.mask, 5, 0.8)
     found, terms = forward_losses(lambda *_: outputs, samples, args)
-    assert found is outputs and terms == losses(outputs, samples.uvd, targets, alpha, 2, 0.3)
+    assert found is outputs and terms == losses(
+        outputs, samples.uvd, targets, alpha=alpha, lambda_h=2, lambda_d=0.3
+    )
 
 
 @pytest.mark.parametrize(

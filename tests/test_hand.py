@@ -195,14 +195,14 @@ def test_palms_are_flat_or_hollow_and_fingers_and_palms_of_their_own_thickness()
         centres, radii = hand._local_spheres(hands, hand._local_joints(hands.bones_mm, hands.angles))
         return centres[:, sphere, 2] - radii[:, sphere]
 
-    palm = front(hands, anatomy.PALM_INDEX)
+    palm = front(hands, anatomy.CARPUS_INDEX)
     for ball in (anatomy.THENAR, anatomy.HYPOTHENAR):
         flat, hollow = (palm - front(hands, ball)).tolist()
         assert hollow - flat > 5 and flat < 10
-    for which, sphere in enumerate((8, anatomy.PALM_LITTLE)):
+    for which, sphere in enumerate((8, anatomy.HEEL)):
         thicker = hands._replace(flesh=torch.ones(2, 2).index_fill(1, torch.tensor(which), 1.1))
         assert (front(hands, sphere) - front(thicker, sphere) > 0.5).all()
-        other = (anatomy.PALM_LITTLE, 8)[which]
+        other = (anatomy.HEEL, 8)[which]
         assert torch.equal(front(hands, other), front(thicker, other))
     drawn = hands_of(1000)
     assert drawn.hollow.min() < 0.05 and drawn.hollow.max() > 0.95

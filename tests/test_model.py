@@ -315,7 +315,7 @@ def test_loss_is_the_weighted_sum_over_stages(alpha):
                     for f in ("uvd", "heatmaps", "depthmaps")
                 )
                 wanted += (alpha * c + (1 - alpha) * (2.0 * h + 0.05 * d)) / 6
-    terms = losses(outputs, target.uvd, target[:2], alpha, lambda_h=2.0, lambda_d=0.05)
+    terms = losses(outputs, target.uvd, target[:2], alpha=alpha, lambda_h=2.0, lambda_d=0.05)
     assert float(sum(terms.values())) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -343,8 +343,8 @@ def test_coordinate_losses_are_their_formulas(kind, of_one):
 
 def test_default_weights_are_those_of_the_paper():
     output, target = one_stage(1), one_stage(2)
-    explicit = losses([output], target.uvd, target[:2], 0.5, 1.0, 0.01)
-    assert losses([output], target.uvd, target[:2], 0.5) == explicit
+    explicit = losses([output], target.uvd, target[:2], alpha=0.5, lambda_h=1.0, lambda_d=0.01)
+    assert losses([output], target.uvd, target[:2], alpha=0.5) == explicit
 
 
 # Precision

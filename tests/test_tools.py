@@ -150,6 +150,24 @@ def test_hand17_predictions_are_read_in_the_camera_frame(indexed, tmp_path):
     assert list(errors_mm) == list(range(len(dataset))) and max(errors_mm.values()) < 0.01
 
 
+def test_a_split_without_labels_takes_those_of_a_file(indexed, tmp_path, capsys):
+    root = indexed("HAND17")
+    dataset = show.DATASETS["HAND17"](path=root, dataset="test", test_only=True)
+    joints_xyz = np.random.default_rng(1).normal((0, 0, 500), 30, (len(dataset), 21, 3))
+    moved = joints_xyz + 10 * np.arange(len(dataset))[:, None, None] / 3**0.5  # the last frame is the worst
+    files = [tmp_path / "labels.txt", tmp_path / "predictions.txt"]
+    for path, joints in zip(files, (joints_xyz, moved)):
+        np.savetxt(path, joints.reshape(len(dataset), -1), fmt="%.4f")
+    errors_mm = show.mean_errors_mm(dataset, *(show.load_predictions(path, dataset) for path in files))
+    assert list(errors_mm.values()) == pytest.approx([10 * k for k in range(len(dataset))], abs=0.01)
+    options = ["--dataset", "HAND17", "--data_dir", str(root), "--out", str(tmp_path / "sheet.png")]
+    options += ["--labels", str(files[0]), "--predictions", str(files[1])]
+    show.main([*options, "--split", "test"])
+    assert capsys.readouterr().out.endswith("worst first\n")
+    with pytest.raises(UserError, match="--labels goes with"):
+        show.main([*options, "--split", "val"])
+
+
 def test_named_predictions_are_matched_by_their_names(tmp_path, fresh_indexed):
     root = fresh_indexed("HAND17")
     lines = (root / "train.txt").read_text().splitlines()[:2]

@@ -38,7 +38,7 @@ from engine.training import build_network
 from frames.files import read_bytes
 from frames.samples import Sample
 from model import spatial_form
-from rendering.layouts import write_dataset
+from rendering.layouts import FEWEST, write_dataset
 from tools.export import make_crops
 from utils import HelpFormatter, atomic_path, run, usable_cores
 
@@ -86,7 +86,7 @@ def data_folders(given, folder, frames):
         root = given.get(name)
         if root is None:
             root = folder / name
-            write_dataset(name, {"train": max(frames, 8), "test": 4}, 1, root, 2)  # MSRA has 8 subjects
+            write_dataset(name, {"train": max(frames, FEWEST[name][0]), "test": 4}, 1, root, 2)
             build_index(name, root)
             build_cache(name, root)
         yield name, root

@@ -8,8 +8,8 @@ The JSON holds `camera`, `hand` and, by the name of the PNG beside it, `frames`:
   surface; the camera is fx, fy, u0, v0, depth_unit_mm;
 - marks on the picture: `joints_uv`, u px, v px of every joint of the data set that `joint_order` names.
   Such pictures are crops whose place in the whole picture nobody knows: their middle is taken for the
-  principal point (the camera is fx, fy), zeros for what surrounds them, and distances are measured in the
-  plane through the hand.
+  principal point (the camera is fx, fy; `unit_mm` is what a stored 1 means, if not 1 mm), zeros for what
+  surrounds them, and distances are measured in the plane through the hand.
 """
 
 import argparse

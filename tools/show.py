@@ -3,6 +3,7 @@
 python -m tools.show --dataset NYU --split train --augment
 python -m tools.show --dataset ICVL --split test --predictions Result/ICVL_default.txt
 python -m tools.show --dataset HAND17 --split val --index 0 17 42
+python -m tools.show --dataset HAND17 --split test --predictions Result/HAND17_default.txt --labels labels.txt
 """
 
 import argparse
@@ -33,14 +34,16 @@ def main(argv=None):
     args = parse(argv)
     subject = {"subject": args.subject or 0} if args.dataset == "MSRA" else {}
     dataset = open_part(args.dataset, args.data_dir, args.split, using_flip=True, **subject)
-    errors_mm, joints_uvd = {}, None
+    errors_mm, joints_uvd, labels_uvd = {}, None, None
+    if args.labels:
+        labels_uvd = load_predictions(args.labels, dataset)
     if args.predictions:
         joints_uvd = load_predictions(args.predictions, dataset)
-        errors_mm = mean_errors_mm(dataset, joints_uvd)
+        errors_mm = mean_errors_mm(dataset, joints_uvd, labels_uvd)
     indices = choose(dataset, args.index, args.count, errors_mm)
     tiles = []
     for index in indices:
-        tiles += draw_frame(dataset, index, args.augment, joints_uvd, errors_mm.get(index))
+        tiles += draw_frame(dataset, index, args.augment, joints_uvd, errors_mm.get(index), labels_uvd)
     fold = f"_subject{dataset.subject}" if subject else ""
     path = args.out or Path("Result", "show", f"{args.dataset}_{args.split}{fold}.png")
     write_picture(path, contact_sheet(tiles, 1 + AUGMENTATIONS if args.augment else COLUMNS))
@@ -63,10 +66,13 @@ def parse(argv=None):
         "--augment", action="store_true", help=f"beside each training frame {AUGMENTATIONS} augmentations"
     )
     parser.add_argument("--predictions", type=Path, help="result file of this split: worst frames first")
+    parser.add_argument("--labels", type=Path, help="file of labels, for a split that comes without (HAND17)")
     parser.add_argument("--out", type=Path, help="picture (default: Result/show/<dataset>_<split>.png)")
     args = parser.parse_args(argv)
     if args.augment and (args.split != "train" or args.predictions):
         raise UserError("--augment goes with --split train and without --predictions")
+    if args.labels and not (args.predictions and args.dataset == "HAND17" and args.split == "test"):
+        raise UserError("--labels goes with --dataset HAND17 --split test and --predictions")
     if args.subject is not None and args.dataset != "MSRA":
         raise UserError("--subject goes with --dataset MSRA")
     if args.count < 1:
@@ -92,22 +98,23 @@ def load_predictions(path, dataset):
     return dataset.xyz2uvd(joints) if dataset.name == "HAND17" else joints
 
 
-def mean_errors_mm(dataset, joints_uvd):
+def mean_errors_mm(dataset, joints_uvd, labels_uvd=None):
     """Return {index: mean joint error in mm} of the frames that have labels and predictions.
 
-    By the loaders' camera, as validation; that of evaluate.py's tables differs for ICVL by 0.2%.
+    Labels are the index's unless given. The camera is the loaders', as in validation; that of evaluate.py's
+    tables differs for ICVL by 0.2%.
     """
-    if dataset.test_only:
+    if dataset.test_only and labels_uvd is None:
         return {}
     errors_mm = {}
     for index, predicted_uvd in enumerate(joints_uvd):
         if np.isnan(predicted_uvd).any():
             continue
         try:
-            true_xyz = dataset.uvd2xyz(dataset.joints_uvd(dataset.line(index)))
+            true_uvd = dataset.joints_uvd(dataset.line(index)) if labels_uvd is None else labels_uvd[index]
         except FrameError:
             continue
-        predicted_xyz = dataset.uvd2xyz(predicted_uvd)
+        predicted_xyz, true_xyz = dataset.uvd2xyz(predicted_uvd), dataset.uvd2xyz(true_uvd)
         errors_mm[index] = float(joint_errors_mm(predicted_xyz[None], true_xyz[None]).mean())
     return errors_mm
 
@@ -126,25 +133,33 @@ def choose(dataset, indices, count, errors_mm):
     return np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist()
 
 
-def draw_frame(dataset, index, augment, joints_uvd, error_mm):
+def draw_frame(dataset, index, augment, joints_uvd, error_mm, labels_uvd=None):
     """Return a frame's tiles, for each as many: crop with labels, then augmentations or the prediction."""
     others = AUGMENTATIONS if augment else int(joints_uvd is not None)
     try:
         sample = dataset.sample(index)
     except FrameError as error:
         return [_titled(_blank(), f"{index} {error.reason}"[:34]), *(_blank() for _ in range(others))]
-    tiles = [_tile(dataset, sample, getattr(sample, "uvd", None), str(index))]
+    label = getattr(sample, "uvd", None)
+    if labels_uvd is not None:
+        label = _in_crop(dataset, sample, labels_uvd[index])
+    tiles = [_tile(dataset, sample, label, str(index))]
     if augment:
         augmented = [dataset[index, seed] for seed in range(AUGMENTATIONS)]
         tiles += [_tile(dataset, other, other.uvd, f"{index} augmented") for other in augmented]
     elif joints_uvd is not None and np.isnan(joints_uvd[index]).any():
         tiles.append(_titled(_blank(), "not predicted"))
     elif joints_uvd is not None:
-        size = dataset.image_size
-        uvd = joints_to_crop(joints_uvd[index], sample.com.numpy(), float(sample.box_size), size) / (size - 1)
         title = "predicted" if error_mm is None else f"predicted {error_mm:.1f} mm"
-        tiles.append(_tile(dataset, sample, torch.from_numpy(uvd), title))
+        tiles.append(_tile(dataset, sample, _in_crop(dataset, sample, joints_uvd[index]), title))
     return tiles
+
+
+def _in_crop(dataset, sample, uvd):
+    size = dataset.image_size
+    return torch.from_numpy(
+        joints_to_crop(uvd, sample.com.numpy(), float(sample.box_size), size) / (size - 1)
+    )
 
 
 def _tile(dataset, sample, uvd, title):

@@ -3,9 +3,9 @@
     python -m tools.train_handfinder
     python -m tools.train_handfinder --init Model/handfinder.pt --frames 3000 --epochs 1 --seed 1
 
-Model/handfinder.pt was made by the first, then, on later rendered hands, by the second, run twice, and then
-with --frames 4000 --epochs 2 --seed 2, and with --frames 6000 --epochs 3 and the seeds 3 and 4. Of these only
-the last had hands made larger or smaller (SIZE_FACTORS).
+Model/handfinder.pt was made by six runs: the first of these; on later rendered hands the second, twice; then,
+each with --init Model/handfinder.pt, --frames 4000 --epochs 2 --seed 2, --frames 6000 --epochs 3 --seed 3 and
+the same with --seed 4. Only that one had hands made larger or smaller (SIZE_FACTORS).
 
 Frames of every sensor are rendered with an arm and mostly with a body, half of them with tables, bars, boxes
 and specks; some are cut to a box around the hand, in some a body without a hand comes as near as hands do. Of
