@@ -1,6 +1,8 @@
 """Draw the pictures of docs/synthetic: real beside rendered frames, the gestures, the drawn angles and bones.
 
 python -m tools.synthetic_figures --real ../shared/real
+
+The worst frames there (worst.png) are drawn by tools.show, as docs/experiments.md says.
 """
 
 import argparse
@@ -128,7 +130,7 @@ def draw_angles(out):
 def main():
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(
-        description="Draw the pictures of docs/synthetic.", formatter_class=HelpFormatter
+        description="Draw the pictures of docs/synthetic but worst.png.", formatter_class=HelpFormatter
     )
     parser.add_argument(
         "--real", type=Path, help="folder with nyu/ and sr305/; without it no real_and_rendered.png"
