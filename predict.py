@@ -23,11 +23,9 @@ from frames.cameras import doubts_about, list_frames, read_depth
 from frames.files import FrameError
 from prediction.estimator import HandPose, HandPoseEstimator, Place, no_hand
 from prediction.output import PredictionWriter
-from utils import say
+from utils import SOME_FAILED, say
 
 __all__ = ["HandPose", "HandPoseEstimator"]
-
-SOME_FAILED = 3
 
 
 class Located(NamedTuple):

@@ -16,9 +16,7 @@ from engine.metrics import PROTOCOLS, format_table, measure_errors, summarise
 from engine.state import checkpoint_path, run_name
 from engine.training import folds
 from frames.files import FrameError
-from utils import UserError, write_lines
-
-SOME_REFUSED = 3  # exit status
+from utils import SOME_FAILED, UserError, write_lines
 
 
 class Tested(NamedTuple):
@@ -124,7 +122,7 @@ def test_and_evaluate(args):
         print(format_table({title: summarise(error_mm, split)}, protocol.joint_names))
         if refused:
             print(f"{title}: {refused} frames have no joints (zeros) and are left out")
-    return SOME_REFUSED if refused else 0
+    return SOME_FAILED if refused else 0
 
 
 def result_lines(dataset, joints_uvd):
