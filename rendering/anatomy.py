@@ -64,9 +64,9 @@ THUMB = {
     "in": (20, 48, 55, 38),
     "palm": (4, 8, 55, 76),
     "low": (18, 19, 55, 74),
-    "between 1 and 2": (27, 0, 52, 77),
+    "between 1 and 2": (28, 0, 52, 80),
     "between 2 and 3": (14, 0, 55, 80),
-    "between 3 and 4": (3, 3, 54, 77),
+    "between 3 and 4": (3, 3, 51, 78),
     "lateral": (9, 20, 4, 34),
     "opposed": (32, 50, 10, 18),
     "parallel": (28, 58, 5, 6),
@@ -87,7 +87,7 @@ FINGER = {
     "L": (70, 84),
     "H": (8, 92),
     "E": (36, 108),
-    "D": (75, 87),
+    "D": (74, 86),
     "F": (70, 12),
     "K": (60, 6),
     "P": (58, 52),
@@ -95,8 +95,8 @@ FINGER = {
     "B": (38, 40),
     "X": (16, 12),
     "Y": (-10, 6),
-    "T": (73, 85),
-    "M": (75, 92),
+    "T": (71, 78),
+    "M": (72, 87),
 }
 # Gesture: thumb state and the states of index, middle, ring and little finger, then how far they are spread
 # (0..1) or their abductions in degrees. Single capitals: letters that no other gesture shows.
