@@ -66,7 +66,7 @@ THUMB = {
     "low": (18, 19, 55, 74),
     "between 1 and 2": (28, 0, 52, 80),
     "between 2 and 3": (14, 0, 55, 80),
-    "between 3 and 4": (3, 3, 51, 78),
+    "between 3 and 4": (3, 3, 54, 77),
     "lateral": (9, 20, 4, 34),
     "opposed": (32, 50, 10, 18),
     "parallel": (28, 58, 5, 6),
@@ -95,8 +95,8 @@ FINGER = {
     "B": (38, 40),
     "X": (16, 12),
     "Y": (-10, 6),
-    "T": (71, 78),
-    "M": (72, 87),
+    "T": (73, 81),
+    "M": (75, 92),
 }
 # Gesture: thumb state and the states of index, middle, ring and little finger, then how far they are spread
 # (0..1) or their abductions in degrees. Single capitals: letters that no other gesture shows.
