@@ -23,6 +23,7 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 SOME_FAILED = 3  # exit status where some frames have no joints
+
 # Temporary files that nobody has written to for so long are nobody's.
 SWEEP_S = 3600
 _swept = {}

@@ -182,13 +182,14 @@ FINGER_GIRTH, PALM_GIRTH = (0.92, 1.1), (0.95, 1.15)
 # Fingers that touch leave grooves so deep; nothing fills the gap once their skin is so far apart.
 GROOVE_MM, PARTED_MM = 2.0, 6.0
 # As the knuckles bend the balls move to the fingers, in a fist by this share of the bone that they lie on,
-# and the heel of the hand comes out so far from where the little finger's metacarpal begins.
+# and the heel of the hand comes out so far from where the little finger's metacarpal begins; its radius in
+# a stretched palm and in a fist.
 BALLS_FORWARD = 0.15
-HEEL_MM = (-6.0, 2.0, -6.0)
+HEEL_MM, HEEL_RADIUS_MM = (-6.0, 2.0, -6.0), (13.0, 14.0)
 # Two spheres rise out of the palm of a fist: one below the fingertips, one between the balls. Their radius
-# and how much it grows; how far from the balls to the knuckles the first is; by what share they rise less
-# where a stretched palm is hollow.
-CUSHION_MM, CUSHION_FORWARD, CUSHION_LESS = (12.0, 2.0), 0.25, 0.25
+# in a stretched palm and in a fist; how far from the balls to the knuckles the first is; by what share they
+# rise less where a stretched palm is hollow.
+CUSHION_MM, CUSHION_FORWARD, CUSHION_LESS = (12.0, 14.0), 0.25, 0.25
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
 BULGE = (0.03, 0.05, 0.03, 0.0)
 # Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.
@@ -202,7 +203,7 @@ WRIST_R, WRIST_U, ELBOW_R, ELBOW_U, SLEEVE_R, SLEEVE_U = range(30, 36)
 # Middle joint, end joint and tip of the groove of index and middle finger, then of the other two grooves.
 GROOVES = range(36, 45)
 # Wedges (hulls of three spheres, after Tkach, Pauly & Tagliasacchi 2016, Sphere-Meshes for Real-Time Hand
-# Modeling and Tracking) and the cones (hulls of two) that are no wedge's edge.
+# Modeling and Tracking) and cones (hulls of two); a wedge's edges are cones as well.
 HAND_WEDGES = (
     (4, 8, CARPUS_INDEX),
     (8, CARPUS_INDEX, HEEL),
@@ -228,8 +229,6 @@ HAND_WEDGES = (
 )
 HAND_CONES = (
     *((4 * k + j, 4 * k + j + 1) for k in range(5) for j in range(3)),
-    (0, THENAR),
-    (THENAR, 1),
     *((web, GROOVES[3 * k]) for k, web in enumerate(WEBS)),
     *((GROOVES[3 * k + j], GROOVES[3 * k + j + 1]) for k in range(3) for j in range(2)),
 )

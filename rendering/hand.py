@@ -156,9 +156,11 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
     singles = torch.stack((carpal[:, 1], heel, thenar, web_thumb, hypothenar), 1)
     palm = hands.flesh[:, 1:]
-    swollen = palm * (anatomy.CUSHION_MM[0] + anatomy.CUSHION_MM[1] * closed[:, None])
-    webbed = palm * palm.new_tensor((5.5, 5.5, 5.0))
-    radii = (14 * palm, (13 + closed[:, None]) * palm, size[0], 9 * palm, size[1], swollen, swollen, webbed)
+    swollen, heel_radius = (
+        palm * _between(ends, closed)[:, None] for ends in (anatomy.CUSHION_MM, anatomy.HEEL_RADIUS_MM)
+    )
+    web_radii = palm * palm.new_tensor((5.5, 5.5, 5.0))
+    radii = (14 * palm, heel_radius, size[0], 9 * palm, size[1], swollen, swollen, web_radii)
     return torch.cat((singles, rising, webs), 1), torch.cat(radii, 1) * girth
 
 

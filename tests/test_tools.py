@@ -160,6 +160,9 @@ def test_a_split_without_labels_takes_those_of_a_file(indexed, tmp_path, capsys)
         np.savetxt(path, joints.reshape(len(dataset), -1), fmt="%.4f")
     errors_mm = show.mean_errors_mm(dataset, *(show.load_predictions(path, dataset) for path in files))
     assert list(errors_mm.values()) == pytest.approx([10 * k for k in range(len(dataset))], abs=0.01)
+    joints_xyz[1] = 0  # a frame without labels
+    np.savetxt(files[0], joints_xyz.reshape(len(dataset), -1), fmt="%.4f")
+    assert 1 not in show.mean_errors_mm(dataset, *(show.load_predictions(path, dataset) for path in files))
     options = ["--dataset", "HAND17", "--data_dir", str(root), "--out", str(tmp_path / "sheet.png")]
     options += ["--labels", str(files[0]), "--predictions", str(files[1])]
     show.main([*options, "--split", "test"])

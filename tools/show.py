@@ -35,9 +35,8 @@ def main(argv=None):
     subject = {"subject": args.subject or 0} if args.dataset == "MSRA" else {}
     dataset = open_part(args.dataset, args.data_dir, args.split, using_flip=True, **subject)
     errors_mm, joints_uvd, labels_uvd = {}, None, None
-    if args.labels:
-        labels_uvd = load_predictions(args.labels, dataset)
     if args.predictions:
+        labels_uvd = load_predictions(args.labels, dataset) if args.labels else None
         joints_uvd = load_predictions(args.predictions, dataset)
         errors_mm = mean_errors_mm(dataset, joints_uvd, labels_uvd)
     indices = choose(dataset, args.index, args.count, errors_mm)
@@ -108,11 +107,11 @@ def mean_errors_mm(dataset, joints_uvd, labels_uvd=None):
         return {}
     errors_mm = {}
     for index, predicted_uvd in enumerate(joints_uvd):
-        if np.isnan(predicted_uvd).any():
-            continue
         try:
             true_uvd = dataset.joints_uvd(dataset.line(index)) if labels_uvd is None else labels_uvd[index]
         except FrameError:
+            continue
+        if np.isnan((predicted_uvd, true_uvd)).any():
             continue
         predicted_xyz, true_xyz = dataset.uvd2xyz(predicted_uvd), dataset.uvd2xyz(true_uvd)
         errors_mm[index] = float(joint_errors_mm(predicted_xyz[None], true_xyz[None]).mean())
@@ -141,7 +140,7 @@ def draw_frame(dataset, index, augment, joints_uvd, error_mm, labels_uvd=None):
     except FrameError as error:
         return [_titled(_blank(), f"{index} {error.reason}"[:34]), *(_blank() for _ in range(others))]
     label = getattr(sample, "uvd", None)
-    if labels_uvd is not None:
+    if labels_uvd is not None and not np.isnan(labels_uvd[index]).any():
         label = _in_crop(dataset, sample, labels_uvd[index])
     tiles = [_tile(dataset, sample, label, str(index))]
     if augment:
