@@ -11,6 +11,8 @@ from frames.cameras import PRESETS
 from frames.transforms import Camera
 
 NO_WALL_MM = 1e5  # deeper than anything
+SURFACE_MM = 25.0  # a larger jump between pixels is that to another surface
+LEAST_AVERAGED = 0.4  # the share of `Sensor.window_px`'s effect in the frame that has least of it
 
 
 class Sensor(NamedTuple):
@@ -19,6 +21,7 @@ class Sensor(NamedTuple):
     Structured light measures in steps of disparity (`step_per_m2`, mm at 1 m; it and the noise grow with the
     square of the depth: Khoshelham & Elberink 2012, Sensors 12(2):1437-1454) and leaves shadows,
     `baseline_mm` times fx times the difference of 1/z wide. Time of flight leaves flying pixels instead.
+    Matching a window of the pattern, or filtering, averages depth within a surface.
     """
 
     camera: Camera
@@ -28,6 +31,7 @@ class Sensor(NamedTuple):
     unit_mm: float = 1.0  # of the stored numbers
     step_per_m2: float = 0.0
     noise_per_m2: float = 2.0  # standard deviation at 1 m
+    window_px: int = 5  # width over which depth within a surface is averaged, in some frames less so
     baseline_mm: float = 0.0
     edge_px: float = 0.8  # largest standard deviation of a silhouette's raggedness
     gap_px: int = 0  # how wide a surface is not measured beside a nearer one
@@ -48,6 +52,7 @@ QUALITIES = {
         far_mm=2000,
         step_per_m2=2.85,
         noise_per_m2=1.6,
+        window_px=11,
         baseline_mm=75,
         edge_px=0.9,
         gap_px=1,
@@ -62,10 +67,24 @@ QUALITIES = {
     ),
     "MSRA": dict(hand_mm=(260, 460), far_mm=600, noise_per_m2=14, edge_px=0.5, flying=0.25),
     "HAND17": dict(
-        hand_mm=(330, 700), far_mm=1100, noise_per_m2=1.8, baseline_mm=26, gap_px=3, body=0.6, wall=0.2
+        hand_mm=(330, 700),
+        far_mm=1100,
+        noise_per_m2=1.8,
+        window_px=9,
+        baseline_mm=26,
+        gap_px=3,
+        body=0.6,
+        wall=0.2,
     ),
     "SR305": dict(
-        hand_mm=(450, 650), far_mm=960, noise_per_m2=1.8, baseline_mm=26, gap_px=4, edge_px=0.9, body=0.9
+        hand_mm=(450, 650),
+        far_mm=960,
+        noise_per_m2=1.8,
+        window_px=9,
+        baseline_mm=26,
+        gap_px=4,
+        edge_px=0.9,
+        body=0.9,
     ),
 }
 SENSORS = {
@@ -93,11 +112,34 @@ def measure(depth_mm: Tensor, sensor: Sensor, fx_px: float, generator: torch.Gen
     shift = (shift * (1 - 0.8 * smooth) * (sensor.edge_px * fx_px / sensor.camera.fx)).round().long()
     lost = lost | _look_aside(lost, (shift / cell).round().long())
     edge = (-_nearest(-cells_mm, 1) - nearest_mm > 12) & (nearest_mm < sensor.far_mm)
+    averaged_mm = _averaged(depth_mm, round(sensor.window_px // 2 * fx_px / sensor.camera.fx))
+    less = (1 - LEAST_AVERAGED) * torch.rand(smooth.shape, device=depth_mm.device, generator=generator)
+    depth_mm = torch.lerp(averaged_mm, depth_mm, less)
     depth_mm = _ragged(depth_mm, edge, shift, sensor, generator)
     # Surfaces bump and ripple, more with depth.
     grain = _grain(depth_mm, generator) + _enlarged(1.5 * bumps, cell, depth_mm.shape)
     depth_mm = torch.addcmul(depth_mm, grain, depth_mm * depth_mm, value=1e-6 * sensor.noise_per_m2)
     return _store(depth_mm, _enlarged(lost, cell, depth_mm.shape), sensor)
+
+
+def _averaged(depth_mm: Tensor, reach: int) -> Tensor:
+    """Average depth [B, H, W] over every other pixel up to `reach` px away, along rows, then along columns.
+
+    Pixels that are SURFACE_MM or more nearer or farther belong to another surface and do not count.
+    """
+    for axis in (1, 2):
+        total, count = torch.zeros_like(depth_mm), torch.ones_like(depth_mm)
+        for step in range(min(reach, depth_mm.shape[axis] - 1), 0, -2):
+            size = depth_mm.shape[axis] - step
+            rise = depth_mm.narrow(axis, step, size) - depth_mm.narrow(axis, 0, size)
+            near = rise.abs() < SURFACE_MM
+            rise.mul_(near)
+            total.narrow(axis, 0, size).add_(rise)
+            total.narrow(axis, step, size).sub_(rise)
+            count.narrow(axis, 0, size).add_(near)
+            count.narrow(axis, step, size).add_(near)
+        depth_mm = depth_mm + total / count
+    return depth_mm
 
 
 def _smooth_noise(like: Tensor, spacing: int, generator: torch.Generator) -> Tensor:
