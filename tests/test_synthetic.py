@@ -306,6 +306,22 @@ def test_a_kinect_measures_across_small_jumps_and_nothing_beside_large_ones():
         assert missing.any() == some_missing
 
 
+@pytest.mark.parametrize("name", SENSORS)
+def test_depth_is_averaged_within_a_surface_but_not_across_two(name):
+    exact = 500 + 2 * torch.cos(torch.arange(160) * torch.pi / 4).expand(1, 120, 160)
+    exact[:, :, 80:] += 40  # another surface
+    quiet = SENSORS[name]._replace(noise_per_m2=0.0, step_per_m2=0.0, unit_mm=1e-3, edge_px=0.0)
+    measured = measure(exact, quiet, quiet.camera.fx, torch.Generator().manual_seed(0))
+    for half, middle_mm in ((slice(0, 80), 500), (slice(80, 160), 540)):
+        seen = measured[0, :, half][(measured[0, :, half] - middle_mm).abs() < 20]
+        assert len(seen) > 0.9 * 120 * 80  # nothing lies between the two
+        assert abs(seen.mean() - middle_mm) < 0.1
+        assert seen.std() < 0.8 * 2**0.5
+    alone = measure(exact, quiet._replace(window_px=1), quiet.camera.fx, torch.Generator().manual_seed(0))
+    kept = alone != quiet.missing_mm
+    assert torch.allclose(alone[kept], exact[kept], atol=1e-2)
+
+
 def test_a_scene_does_not_depend_on_its_batch_and_shows_the_hand_in_front():
     sensor = SENSORS["SR305"]
     uniform = torch.rand(5, SCENE_COLUMNS, generator=torch.Generator().manual_seed(2))
