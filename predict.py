@@ -41,7 +41,7 @@ def main(argv=None):
     args = parse_predict(argv)
     sequences = [list_frames(path) if os.path.isdir(path) else [path] for path in args.input]
     total = sum(map(len, sequences))
-    how = dict(joints=args.joints, cube_mm=args.cube, hand=args.hand, device=args.device)
+    how = dict(joints=args.joints, cube_mm=args.cube, hand=args.hand, turns=args.turns, device=args.device)
     estimator = HandPoseEstimator(args.model, args.camera.camera, frames=total, **how)
     limit_threads(estimator.network)
     what = dict(pictures=args.pictures, video=args.video if total > 1 else "none", plot3d=args.plot3d)

@@ -15,6 +15,7 @@ from utils import HelpFormatter, UserError, one_line, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
 DEVICES = ("auto", "cpu", "cuda")
+TURNS = {"type": int, "default": 1, "help": "average over so many crops, each turned: better, and slower"}
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 # In words, as a test, and of which options; the network itself looks at its sizes.
@@ -32,6 +33,7 @@ RANGES = (
     ),
     (f"0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "alpha erasing"),
+    ("1 to 12", lambda x: 1 <= x <= 12, "turns"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "holdout beta1 beta2 ema"),
 )
 
@@ -69,6 +71,7 @@ def parse_test(description, argv=None, subject=False):
     add = parser.add_argument
     add("--seed", default="final", help="which checkpoint: final, or an epoch's number")
     add("--model", type=Path, help="a checkpoint file, instead of Model/<dataset>_<suffix>_<seed>.pt")
+    add("--turns", **TURNS)
     add("--process_mode", choices=("uvd", "bb"), default="uvd", help="centre file, or bounding box (HAND17)")
     return _parse(parser, argv)
 
@@ -204,6 +207,7 @@ def _add_model(parser):
     add("--model", type=Path, help="checkpoint (default: the one that comes with this code)")
     add("--joints", choices=DATASETS, help="data set whose joints it predicts (default: the checkpoint's)")
     add("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
+    add("--turns", **TURNS)
     add("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one")
 
 

@@ -15,6 +15,7 @@ from engine.inference import prepare
 from engine.metrics import PROTOCOLS, format_table, measure_errors, summarise
 from engine.state import checkpoint_path, run_name
 from engine.training import folds
+from engine.turns import average_over_turns
 from frames.files import FrameError
 from utils import SOME_FAILED, UserError, write_lines
 
@@ -33,7 +34,7 @@ def predict(network, dataset, args, device):
 
     A refused frame's joints are zero, so that rows stay aligned with the data set.
     """
-    forward = prepare(network, device, len(dataset))
+    forward = average_over_turns(prepare(network, device, len(dataset) * args.turns), args.turns)
     loader = make_loader(dataset, range(len(dataset)), args, device, args.batch_size)
     joints_uvd, refused = np.zeros((len(dataset), dataset.joint_number, 3)), []
     bar = tqdm(total=len(dataset), desc=f"predict {dataset.name}", unit="frame", leave=False)

@@ -11,6 +11,7 @@ from datasets import DATASETS
 from engine.batches import to_device
 from engine.checkpoints import load_network, resolve_device
 from engine.inference import prepare
+from engine.turns import average_over_turns
 from frames.cameras import (
     FARTHEST_MM,
     NEAREST_MM,
@@ -90,14 +91,24 @@ class HandPoseEstimator:
     --camera takes (a stored unit other than mm is not applied: give mm). `joints` names the data set
     whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
     default to what the checkpoint was trained on. `hand` is right, or left: then frames are mirrored
-    for the network and joints mirrored back; a right hand in a mirrored picture is a left one. `frames`
-    is how many are to come, if that is known: the network is compiled for long work.
+    for the network and joints mirrored back; a right hand in a mirrored picture is a left one.
+    Coordinates are means over `turns` crops, see `engine.turns.average_over_turns`. `frames` is how many
+    are to come, if that is known: the network is compiled for long work.
 
     Raises UserError where the model or camera is of no use.
     """
 
     def __init__(
-        self, model=None, camera="HAND17", *, joints=None, cube_mm=None, hand="right", device="auto", frames=0
+        self,
+        model=None,
+        camera="HAND17",
+        *,
+        joints=None,
+        cube_mm=None,
+        hand="right",
+        turns=1,
+        device="auto",
+        frames=0,
     ):
         if hand not in ("right", "left"):
             raise UserError(f"hand must be right or left, not {hand!r}")
@@ -107,7 +118,7 @@ class HandPoseEstimator:
         self.network = load_network(self.model, joints)
         self.dataset = DATASETS[self.network.dataset]
         self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
-        self._forward = prepare(self.network, self.device, frames)
+        self._forward = average_over_turns(prepare(self.network, self.device, frames * turns), turns)
 
     def __call__(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
         """Return the HandPose of one frame, depth [H, W] in mm.

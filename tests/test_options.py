@@ -211,7 +211,7 @@ def test_value_out_of_range_is_refused(text, message):
         train_options(text)
 
 
-@pytest.mark.parametrize("text", ["--batch_size 0", "--num_workers -1"])
+@pytest.mark.parametrize("text", ["--batch_size 0", "--num_workers -1", "--turns 0", "--turns 13"])
 def test_test_checks_its_values_too(text):
     with pytest.raises(UserError, match="must be"):
         parse_test("Test.", text.split())

@@ -42,12 +42,13 @@ def test_the_card_says_how_far_off_it_is_on_rendered_frames(workplace):
     write_dataset("HAND17", {"train": 20, "test": 100}, 101, workplace / "data", 1)
     build_index("HAND17", workplace / "data")
     options = ["--dataset", "HAND17", "--data_dir", "data", "--model", str(SHIPPED_MODEL), *ON_CPU]
-    predicted_uvd = run_test(parse_test("", options)).joints_uvd
     frames = HAND17Dataset(path="data", dataset="test", test_only=True)
     true_xyz = read_joints(workplace / "data" / "frame" / "test_annotation.txt", frames.joint_number)
-    error_mm = joint_errors_mm(frames.uvd2xyz(predicted_uvd), true_xyz).mean()
-    (said_mm,) = re.findall(r"the first 100 of them \| ([\d.]+) mm", CARD)
-    assert error_mm == pytest.approx(float(said_mm), abs=0.1)
+    for turns, said in (("1", "the first 100 of them"), ("3", "the same with `--turns 3`")):
+        predicted_uvd = run_test(parse_test("", [*options, "--turns", turns])).joints_uvd
+        error_mm = joint_errors_mm(frames.uvd2xyz(predicted_uvd), true_xyz).mean()
+        (said_mm,) = re.findall(rf"{said} \| ([\d.]+) mm", CARD)
+        assert error_mm == pytest.approx(float(said_mm), abs=0.1)
 
 
 def test_it_is_taken_where_no_model_is_named(workplace, script):

@@ -65,7 +65,7 @@ def test_joints_of_both_stages_differ_and_the_last_is_taken(indexed):
     frames = DATASETS["NYU"](
         path=indexed("NYU"), dataset="test", test_only=True, label_size=size, image_size=2 * size
     )
-    args = SimpleNamespace(num_workers=0, batch_size=2)
+    args = SimpleNamespace(num_workers=0, batch_size=2, turns=1)
     joints_uvd, refused = testing.predict(network, frames, args, torch.device("cpu"))
     batch = default_collate([frames[0]])
     with torch.no_grad():

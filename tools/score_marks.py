@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.options import DEVICES
+from engine.options import DEVICES, TURNS
 from frames.cameras import DepthCamera, parse_camera, read_depth
 from frames.transforms import Camera, uvd2xyz
 from predict import HandPoseEstimator
@@ -195,14 +195,14 @@ def main(argv=None):
     parser.add_argument(
         "--at_marks", action="store_true", help="take the marks' middle for the hand's, instead of finding it"
     )
+    parser.add_argument("--turns", **TURNS)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one")
     args = parser.parse_args(argv)
     found = []
     for path in args.marks:
         marked = read_marks(path)
-        estimator = HandPoseEstimator(
-            args.model, marked.depth_camera.camera, hand=marked.hand, device=args.device
-        )
+        how = dict(hand=marked.hand, turns=args.turns, device=args.device)
+        estimator = HandPoseEstimator(args.model, marked.depth_camera.camera, **how)
         if marked.on_crops and marked.joint_order != estimator.dataset.name:
             raise UserError(f"{path} has marks of {marked.joint_order}, {estimator.model} other joints")
         print(f"{path}, {estimator.model}: distances in mm, {marked.hand} hand")
