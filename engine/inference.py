@@ -101,7 +101,7 @@ def faster_forwards(network, inputs, frames):
     device = inputs[0].device
     compiling = frames >= COMPILE_FRAMES[device.type]
     if compiling:
-        tqdm.write(f"compiling the network, which {frames} frames repay")
+        tqdm.write(f"compiling the network, which {frames} forward passes repay")
     fast = cache(lambda: compile_for(network, inputs) if compiling else network)
     if device.type == "cpu":
         single = len(inputs[0]) == 1 and frames != 1  # of a batch Python takes a small share of the time

@@ -9,13 +9,18 @@ from pathlib import Path
 import yaml
 
 from datasets import DATASETS, MSRADataset
+from engine.turns import MOST_TURNS, STEP_DEG
 from frames.cameras import PRESETS, parse_camera, split_numbers
 from model import COORDINATE_LOSSES
 from utils import HelpFormatter, UserError, one_line, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
 DEVICES = ("auto", "cpu", "cuda")
-TURNS = {"type": int, "default": 1, "help": "average over so many crops, each turned: better, and slower"}
+TURNS = {
+    "type": int,
+    "default": 1,
+    "help": f"average the coordinates over so many crops, turned by 0, {STEP_DEG}, -{STEP_DEG} .. degrees",
+}
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
 # In words, as a test, and of which options; the network itself looks at its sizes.
@@ -33,7 +38,7 @@ RANGES = (
     ),
     (f"0 to {2**32 - 1}", lambda x: 0 <= x < 2**32, "seed"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "alpha erasing"),
-    ("1 to 12", lambda x: 1 <= x <= 12, "turns"),
+    (f"1 to {MOST_TURNS}", lambda x: 1 <= x <= MOST_TURNS, "turns"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "holdout beta1 beta2 ema"),
 )
 

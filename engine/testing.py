@@ -11,11 +11,10 @@ from tqdm import tqdm
 from datasets import DATASETS, MSRADataset
 from engine.batches import batches_of, make_loader, to_device
 from engine.checkpoints import load_network, resolve_device, torch_errors_explained
-from engine.inference import prepare
 from engine.metrics import PROTOCOLS, format_table, measure_errors, summarise
 from engine.state import checkpoint_path, run_name
 from engine.training import folds
-from engine.turns import average_over_turns
+from engine.turns import prepare_turned
 from frames.files import FrameError
 from utils import SOME_FAILED, UserError, write_lines
 
@@ -34,7 +33,7 @@ def predict(network, dataset, args, device):
 
     A refused frame's joints are zero, so that rows stay aligned with the data set.
     """
-    forward = average_over_turns(prepare(network, device, len(dataset) * args.turns), args.turns)
+    forward = prepare_turned(network, device, len(dataset), args.turns)
     loader = make_loader(dataset, range(len(dataset)), args, device, args.batch_size)
     joints_uvd, refused = np.zeros((len(dataset), dataset.joint_number, 3)), []
     bar = tqdm(total=len(dataset), desc=f"predict {dataset.name}", unit="frame", leave=False)
@@ -54,8 +53,8 @@ def predict(network, dataset, args, device):
 
 
 def result_name(args):
-    """Return the name of a test run's result file, to which `bb` and another checkpoint than `final` add."""
-    run = run_name(args) + "_bb" * (args.process_mode == "bb")
+    """Return the name of a test run's result file; what is not the default adds to it."""
+    run = run_name(args) + "_bb" * (args.process_mode == "bb") + f"_{args.turns}turns" * (args.turns > 1)
     if args.model:
         return f"{run}_{args.model.stem}"
     return run if args.seed == "final" else f"{run}_{args.seed}"

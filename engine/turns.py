@@ -1,20 +1,36 @@
-"""Averaging a network's coordinates over turned copies of each crop: more exact, and as much slower."""
+"""Averaging a network's coordinates over turned copies of each crop, for as many times the work."""
 
 import math
 
 import torch
 from torch.nn import functional as F
 
-STEP_DEG = 30.0
+from engine.inference import prepare
+from utils import UserError
+
+STEP_DEG = 30
+MOST_TURNS = 360 // STEP_DEG
+
+
+def prepare_turned(network, device, frames=0, turns=1):
+    """Return what `engine.inference.prepare` returns, its coordinates averaged over `turns` crops.
+
+    Raises UserError where `turns` is not 1 to MOST_TURNS.
+    """
+    if not 1 <= turns <= MOST_TURNS:
+        raise UserError(f"turns must be 1 to {MOST_TURNS}, not {turns}")
+    forward = prepare(network, device, frames * turns)
+    return average_over_turns(forward, turns) if turns > 1 else forward
 
 
 def average_over_turns(forward, turns):
-    """Return a function (img, label_img, mask) -> StageOutput whose uvd is a mean over `turns` crops.
+    """Return a function of img [B, 1, S, S], label_img and mask [B, 1, S / 2, S / 2] -> StageOutput.
 
-    The crops are turned in the picture by 0, 30, -30, 60 .. degrees; the maps are those of the first.
-    `forward` is what `engine.inference.prepare` returns; it runs once for each crop.
+    Its uvd is the mean of what `forward`, such a function, says of `turns` crops: turned in the picture by 0,
+    30, -30, 60 .. degrees; its maps are those of the first. What a turn moves out of the picture is lost to
+    that crop.
     """
-    angles_deg = [STEP_DEG * ((k + 1) // 2) * (-1) ** (k + 1) for k in range(1, turns)]
+    angles_deg = [sign * step for step in range(STEP_DEG, 360, STEP_DEG) for sign in (1, -1)][: turns - 1]
 
     def averaged(img, label_img, mask):
         output = forward(img, label_img, mask)
@@ -22,12 +38,13 @@ def average_over_turns(forward, turns):
         for angle_deg in angles_deg:
             back = _rotation(angle_deg).to(img)
             turned = _turned(img, back)
+            # As `prepare_crop` resizes: to half the size, the mean of 2 x 2 px.
             label = F.interpolate(turned, label_img.shape[-2:], mode="bilinear", align_corners=False)
             uvd = forward(turned, label, (label != 0).to(mask)).uvd
             total = total + torch.cat((uvd[..., :2] @ back.T, uvd[..., 2:]), -1)
         return output._replace(uvd=total / turns)
 
-    return averaged if turns > 1 else forward
+    return averaged
 
 
 def _rotation(angle_deg):
@@ -37,7 +54,7 @@ def _rotation(angle_deg):
 
 
 def _turned(img, back):
-    """Turn pictures [B, 1, S, S] about pixel (S // 2, S // 2), as `augment_image` does."""
-    middle = img.new_full((2, 1), 1 / img.shape[-1])  # of that pixel, where a picture reaches from -1 to 1
+    """Turn pictures [B, 1, S, S], S even, about pixel (S / 2, S / 2), as `augment_image` does."""
+    middle = img.new_full((2, 1), 1 / img.shape[-1])  # of that pixel; the picture reaches from -1 to 1
     affine = torch.cat((back, middle - back @ middle), 1).expand(len(img), 2, 3)
     return F.grid_sample(img, F.affine_grid(affine, img.shape, align_corners=False), align_corners=False)

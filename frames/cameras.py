@@ -76,7 +76,7 @@ WORDS = {
     "part": ("binning_x", "binning_y", "roi"),
     # Of the files that hold a camera beside other things: known, and of no use here.
     None: (
-        *"format version model joints hand cube_mm chains film note frames joint_order".split(),
+        *"format version model joints hand cube_mm turns chains film note frames joint_order".split(),
         *"header distortion_model R r P p rectification_matrix projection_matrix camera_name".split(),
         *"class_name version_major version_minor extrinsic name serial device_name serial_number".split(),
         *"color_format depth_format fps stream_length_usec".split(),

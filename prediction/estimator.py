@@ -10,8 +10,7 @@ import torch
 from datasets import DATASETS
 from engine.batches import to_device
 from engine.checkpoints import load_network, resolve_device
-from engine.inference import prepare
-from engine.turns import average_over_turns
+from engine.turns import prepare_turned
 from frames.cameras import (
     FARTHEST_MM,
     NEAREST_MM,
@@ -92,10 +91,11 @@ class HandPoseEstimator:
     whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
     default to what the checkpoint was trained on. `hand` is right, or left: then frames are mirrored
     for the network and joints mirrored back; a right hand in a mirrored picture is a left one.
-    Coordinates are means over `turns` crops, see `engine.turns.average_over_turns`. `frames` is how many
-    are to come, if that is known: the network is compiled for long work.
+    Coordinates are means over `turns` crops (1 to 12, see `engine.turns.average_over_turns`), confidences
+    of the heatmaps of the first. `frames` is how many are to come, if that is known: the network is compiled
+    for long work.
 
-    Raises UserError where the model or camera is of no use.
+    Raises UserError where the model or camera is of no use, or one of these out of its range.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class HandPoseEstimator:
         self.network = load_network(self.model, joints)
         self.dataset = DATASETS[self.network.dataset]
         self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
-        self._forward = average_over_turns(prepare(self.network, self.device, frames * turns), turns)
+        self.turns, self._forward = turns, prepare_turned(self.network, self.device, frames, turns)
 
     def __call__(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
         """Return the HandPose of one frame, depth [H, W] in mm.

@@ -31,10 +31,11 @@ class PredictionWriter:
     """A folder of results, each written as its frame comes: what was written stays, however the run ends.
 
     predictions.jsonl: a first line with `format`, `version` (2), `model`, `joints` (the data set whose joint
-    order it is), `hand`, `cube_mm`, `camera`, `depth_unit_mm`, `packing`, `chains` (joint indices from the
-    palm outwards: thumb to little finger; NYU's sixth is the wrist) and `film` (its file or null); then a
-    line a frame: `frame` (its file), `joints` ([J]: `xyz` mm, `uvd` px px mm, `confidence` 0..1) or null,
-    `center_uvd` or null, `reason` (null, or why there are no joints), `pictures` (the files made of it).
+    order it is), `hand`, `cube_mm`, `turns`, `camera`, `depth_unit_mm`, `packing`, `chains` (joint indices
+    from the palm outwards: thumb to little finger; NYU's sixth is the wrist) and `film` (its file or null);
+    then a line a frame: `frame` (its file), `joints` ([J]: `xyz` mm, `uvd` px px mm, `confidence` 0..1) or
+    null, `center_uvd` or null, `reason` (null, or why there are no joints), `pictures` (the files made of
+    it).
     predictions.csv: a line a joint. overlay/NUMBER_NAME.png, with `plot3d` views/NUMBER_NAME.png, and of a
     sequence film.mp4 or film.gif.
 
@@ -107,6 +108,7 @@ class PredictionWriter:
             "joints": estimator.dataset.name,
             "hand": estimator.hand,
             "cube_mm": estimator.cube_mm,
+            "turns": estimator.turns,
             "camera": self.depth_camera.camera._asdict(),
             "depth_unit_mm": self.depth_camera.unit_mm,
             "packing": "nyu" if self.depth_camera.packed else "none",

@@ -11,8 +11,9 @@ from frames.cameras import PRESETS
 from frames.transforms import Camera
 
 NO_WALL_MM = 1e5  # deeper than anything
-SURFACE_MM = 25.0  # a larger jump between pixels is that to another surface
-LEAST_AVERAGED = 0.4  # the share of `Sensor.window_px`'s effect in the frame that has least of it
+# Averaging (docs/experiments.md, "What a camera smooths"): what lies further before or behind is another
+# surface; of the effect a frame gets this share at least.
+JUMP_MM, LEAST_AVERAGED = 25.0, 0.4
 
 
 class Sensor(NamedTuple):
@@ -31,7 +32,7 @@ class Sensor(NamedTuple):
     unit_mm: float = 1.0  # of the stored numbers
     step_per_m2: float = 0.0
     noise_per_m2: float = 2.0  # standard deviation at 1 m
-    window_px: int = 5  # width over which depth within a surface is averaged, in some frames less so
+    window_px: int = 5  # odd width over which depth within a surface is averaged
     baseline_mm: float = 0.0
     edge_px: float = 0.8  # largest standard deviation of a silhouette's raggedness
     gap_px: int = 0  # how wide a surface is not measured beside a nearer one
@@ -113,8 +114,8 @@ def measure(depth_mm: Tensor, sensor: Sensor, fx_px: float, generator: torch.Gen
     lost = lost | _look_aside(lost, (shift / cell).round().long())
     edge = (-_nearest(-cells_mm, 1) - nearest_mm > 12) & (nearest_mm < sensor.far_mm)
     averaged_mm = _averaged(depth_mm, round(sensor.window_px // 2 * fx_px / sensor.camera.fx))
-    less = (1 - LEAST_AVERAGED) * torch.rand(smooth.shape, device=depth_mm.device, generator=generator)
-    depth_mm = torch.lerp(averaged_mm, depth_mm, less)
+    exact = (1 - LEAST_AVERAGED) * torch.rand(smooth.shape, device=depth_mm.device, generator=generator)
+    depth_mm = torch.lerp(averaged_mm, depth_mm, exact)
     depth_mm = _ragged(depth_mm, edge, shift, sensor, generator)
     # Surfaces bump and ripple, more with depth.
     grain = _grain(depth_mm, generator) + _enlarged(1.5 * bumps, cell, depth_mm.shape)
@@ -123,16 +124,16 @@ def measure(depth_mm: Tensor, sensor: Sensor, fx_px: float, generator: torch.Gen
 
 
 def _averaged(depth_mm: Tensor, reach: int) -> Tensor:
-    """Average depth [B, H, W] over every other pixel up to `reach` px away, along rows, then along columns.
+    """Average depth [B, H, W] over what is up to `reach` px away, down the columns, then along the rows.
 
-    Pixels that are SURFACE_MM or more nearer or farther belong to another surface and do not count.
+    Every other pixel counts, which halves the time; those JUMP_MM or more before or behind do not.
     """
     for axis in (1, 2):
         total, count = torch.zeros_like(depth_mm), torch.ones_like(depth_mm)
         for step in range(min(reach, depth_mm.shape[axis] - 1), 0, -2):
             size = depth_mm.shape[axis] - step
             rise = depth_mm.narrow(axis, step, size) - depth_mm.narrow(axis, 0, size)
-            near = rise.abs() < SURFACE_MM
+            near = rise.abs() < JUMP_MM
             rise.mul_(near)
             total.narrow(axis, 0, size).add_(rise)
             total.narrow(axis, step, size).sub_(rise)

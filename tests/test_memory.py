@@ -11,7 +11,7 @@ from datasets import DATASETS
 from engine import loops as engine
 from engine import testing
 from engine.checkpoints import resolve_device
-from engine.options import parse_train
+from engine.options import parse_test, parse_train
 from engine.training import train
 from model import PixelwiseRegression
 
@@ -53,7 +53,8 @@ def predict_long(frames):
     note = measured_at((0.25, 0.5, 1), frames // 4, sizes)
     testing.to_device = lambda *arguments: (note(), original(*arguments))[1]
     network = PixelwiseRegression(dataset.joint_number, stage=1, label_size=16, features=32, level=0)
-    _, refused = testing.predict(network, dataset, parse_train("", TINY), resolve_device("cpu"))
+    args = parse_test("", ["--num_workers", "0", "--batch_size", "4"])
+    _, refused = testing.predict(network, dataset, args, resolve_device("cpu"))
     assert not refused
     print(json.dumps(sizes))
 

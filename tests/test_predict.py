@@ -214,6 +214,7 @@ def test_the_script_writes_what_the_call_returns_and_goes_on_after_bad_frames(
         (["--bbox", "200,100,140,300"], {"bbox": (200, 100, 140, 300)}, 1, {}),  # cuts fingers off
         (["--cube", "120"], {}, 1, {"cube_mm": 120}),
         (["--hand", "left"], {}, 1, {"hand": "left"}),
+        (["--turns", "3"], {}, 1, {"turns": 3}),
         (["--depth_unit", "1.25"], {}, 1.25, {}),
     ],
 )

@@ -306,20 +306,45 @@ def test_a_kinect_measures_across_small_jumps_and_nothing_beside_large_ones():
         assert missing.any() == some_missing
 
 
+def quiet(name):
+    """Return a sensor that measures every pixel, and but for averaging without an error."""
+    return SENSORS[name]._replace(noise_per_m2=0.0, step_per_m2=0.0, unit_mm=1e-3, edge_px=0.0)
+
+
+def waves(axis):
+    """Return exact depth [160, 160] with waves along an axis, 8 px long, before one edge and behind it."""
+    along = torch.arange(160.0)
+    surface = 500 + 2 * torch.cos(along * torch.pi / 4) + 40 * (along >= 80)
+    return surface.expand(160, 160) if axis == 1 else surface[:, None].expand(160, 160)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", SENSORS)
-def test_depth_is_averaged_within_a_surface_but_not_across_two(name):
-    exact = 500 + 2 * torch.cos(torch.arange(160) * torch.pi / 4).expand(1, 120, 160)
-    exact[:, :, 80:] += 40  # another surface
-    quiet = SENSORS[name]._replace(noise_per_m2=0.0, step_per_m2=0.0, unit_mm=1e-3, edge_px=0.0)
-    measured = measure(exact, quiet, quiet.camera.fx, torch.Generator().manual_seed(0))
-    for half, middle_mm in ((slice(0, 80), 500), (slice(80, 160), 540)):
-        seen = measured[0, :, half][(measured[0, :, half] - middle_mm).abs() < 20]
-        assert len(seen) > 0.9 * 120 * 80  # nothing lies between the two
+def test_depth_is_averaged_within_a_surface_but_not_across_two(name, axis):
+    sensor, exact = quiet(name), waves(axis)[None]
+    measured = measure(exact, sensor, sensor.camera.fx, torch.Generator().manual_seed(0))
+    kept = measured[measured != sensor.missing_mm]
+    assert len(kept) > 0.9 * measured.numel()
+    assert not ((kept > 503) & (kept < 537)).any()
+    for middle_mm in (500, 540):
+        seen = kept[(kept - middle_mm).abs() < 5]
         assert abs(seen.mean() - middle_mm) < 0.1
         assert seen.std() < 0.8 * 2**0.5
-    alone = measure(exact, quiet._replace(window_px=1), quiet.camera.fx, torch.Generator().manual_seed(0))
-    kept = alone != quiet.missing_mm
-    assert torch.allclose(alone[kept], exact[kept], atol=1e-2)
+    alone = sensor._replace(window_px=1)
+    measured = measure(exact, alone, sensor.camera.fx, torch.Generator().manual_seed(0))
+    kept = measured != sensor.missing_mm
+    assert torch.allclose(measured[kept], exact[kept], atol=1e-2)
+
+
+def test_some_frames_are_averaged_more_than_others_and_smaller_pictures_over_fewer_pixels():
+    sensor = quiet("NYU")
+    exact = waves(1).expand(8, 160, 160)[:, :, :80].contiguous()
+    full, small = (
+        measure(exact, sensor, fx_px, torch.Generator().manual_seed(0)).std((1, 2))
+        for fx_px in (sensor.camera.fx, sensor.camera.fx / 5)
+    )
+    assert full.max() > 1.3 * full.min()
+    assert (small > full).all()
 
 
 def test_a_scene_does_not_depend_on_its_batch_and_shows_the_hand_in_front():

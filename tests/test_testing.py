@@ -31,6 +31,7 @@ def test_hand17_lines_begin_with_the_frame_and_hold_xyz(indexed):
     [
         ("", "NYU_default"),
         ("--seed 7", "NYU_default_7"),
+        ("--turns 3 --seed 7", "NYU_default_3turns_7"),
         ("--model Model/NYU_default_final.pt", "NYU_default_NYU_default_final"),
         ("--model elsewhere/best.pt --suffix mine --seed 3", "NYU_mine_best"),
     ],

@@ -7,6 +7,8 @@ import torch
 from engine.turns import average_over_turns
 from frames.transforms import Augmentation, augment_image, augment_joints
 from model import StageOutput
+from predict import HandPoseEstimator
+from utils import UserError
 
 SIZE = 64
 
@@ -44,7 +46,7 @@ def test_crops_are_turned_as_in_training_and_by_30_degrees_more_each():
 
 def test_answers_of_turned_crops_are_turned_back():
     img = torch.cat((blobs((12, -5)), blobs((-9, -2), (1, 7))))
-    alone, averaged = (average_over_turns(centroid, turns)(*inputs(img)) for turns in (1, 12))
+    alone, averaged = (forward(*inputs(img)) for forward in (centroid, average_over_turns(centroid, 12)))
     assert np.allclose(alone.uvd[0, 0, :2] * (SIZE - 1), (12, -5), atol=1e-3)
     assert torch.allclose(averaged.uvd[..., :2], alone.uvd[..., :2], atol=0.1 / SIZE)
     assert torch.allclose(averaged.uvd[..., 2], alone.uvd[..., 2], rtol=1e-3)
@@ -59,6 +61,7 @@ def test_answers_are_averaged():
     assert np.allclose(averaged(*inputs(blobs((1, 2)))).uvd[0], np.mean(back, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("turns", [1, 2])
-def test_one_crop_is_the_network_s_own_answer(turns):
-    assert (average_over_turns(centroid, turns) is centroid) == (turns == 1)
+@pytest.mark.parametrize("turns", [0, -1, 13])
+def test_another_number_of_turns_is_refused(turns):
+    with pytest.raises(UserError, match=f"turns must be 1 to 12, not {turns}"):
+        HandPoseEstimator(turns=turns)
