@@ -44,7 +44,7 @@ def test_the_card_says_how_far_off_it_is_on_rendered_frames(workplace):
     options = ["--dataset", "HAND17", "--data_dir", "data", "--model", str(SHIPPED_MODEL), *ON_CPU]
     frames = HAND17Dataset(path="data", dataset="test", test_only=True)
     true_xyz = read_joints(workplace / "data" / "frame" / "test_annotation.txt", frames.joint_number)
-    for turns, said in (("1", "the first 100 of them"), ("3", "the same with `--turns 3`")):
+    for turns, said in (("1", "the first 100 of them"), ("3", "those 100 with `--turns 3`")):
         predicted_uvd = run_test(parse_test("", [*options, "--turns", turns])).joints_uvd
         error_mm = joint_errors_mm(frames.uvd2xyz(predicted_uvd), true_xyz).mean()
         (said_mm,) = re.findall(rf"{said} \| ([\d.]+) mm", CARD)
