@@ -469,7 +469,7 @@ def test_joints_that_are_no_numbers_are_never_written(fresh_indexed, script, mon
 
         return torch.no_grad()(forward)
 
-    monkeypatch.setattr("engine.testing.prepare", overflowing)
+    monkeypatch.setattr("engine.turns.prepare", overflowing)
     done = script("test.py", "--dataset", "NYU", "--model", CHECKPOINT, *ON_CPU)
     assert calls and done.status == 3 and "the network gives no numbers" in done.out
     first, second = np.loadtxt("Result/NYU_default_instance_softmax.txt")
