@@ -1,11 +1,11 @@
 """Averaging a network's coordinates over turned copies of each crop, for as many times the work."""
 
-import math
-
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from engine.inference import prepare
+from frames.transforms import Augmentation, augment_joints
 from utils import UserError
 
 STEP_DEG = 30
@@ -19,8 +19,7 @@ def prepare_turned(network, device, frames=0, turns=1):
     """
     if not 1 <= turns <= MOST_TURNS:
         raise UserError(f"turns must be 1 to {MOST_TURNS}, not {turns}")
-    forward = prepare(network, device, frames * turns)
-    return average_over_turns(forward, turns) if turns > 1 else forward
+    return average_over_turns(prepare(network, device, frames * turns), turns)
 
 
 def average_over_turns(forward, turns):
@@ -31,30 +30,27 @@ def average_over_turns(forward, turns):
     that crop.
     """
     angles_deg = [sign * step for step in range(STEP_DEG, 360, STEP_DEG) for sign in (1, -1)][: turns - 1]
+    rotations = [torch.from_numpy(augment_joints(np.eye(3), Augmentation(angle))) for angle in angles_deg]
 
     def averaged(img, label_img, mask):
         output = forward(img, label_img, mask)
         total = output.uvd
-        for angle_deg in angles_deg:
-            back = _rotation(angle_deg).to(img)
-            turned = _turned(img, back)
+        for rotation in rotations:
+            rotation = rotation.to(img)
+            turned = _turned(img, rotation[:2, :2])
             # As `prepare_crop` resizes: to half the size, the mean of 2 x 2 px.
             label = F.interpolate(turned, label_img.shape[-2:], mode="bilinear", align_corners=False)
-            uvd = forward(turned, label, (label != 0).to(mask)).uvd
-            total = total + torch.cat((uvd[..., :2] @ back.T, uvd[..., 2:]), -1)
+            total = total + forward(turned, label, (label != 0).to(mask)).uvd @ rotation.T
         return output._replace(uvd=total / turns)
 
     return averaged
 
 
-def _rotation(angle_deg):
-    """Return the matrix [2, 2] that takes columns and rows of a turned crop back to the crop's own."""
-    cos, sin = math.cos(math.radians(angle_deg)), math.sin(math.radians(angle_deg))
-    return torch.tensor([[cos, -sin], [sin, cos]])
+def _turned(img, rotation):
+    """Turn pictures [B, 1, S, S], S even, about pixel (S / 2, S / 2), as `augment_image` does.
 
-
-def _turned(img, back):
-    """Turn pictures [B, 1, S, S], S even, about pixel (S / 2, S / 2), as `augment_image` does."""
+    `rotation` [2, 2] is that of `augment_joints`: columns and rows @ rotation.
+    """
     middle = img.new_full((2, 1), 1 / img.shape[-1])  # of that pixel; the picture reaches from -1 to 1
-    affine = torch.cat((back, middle - back @ middle), 1).expand(len(img), 2, 3)
+    affine = torch.cat((rotation, middle - rotation @ middle), 1).expand(len(img), 2, 3)
     return F.grid_sample(img, F.affine_grid(affine, img.shape, align_corners=False), align_corners=False)
