@@ -60,7 +60,7 @@ THUMB = {
     "side": (22, 14, 12, 10),
     "beside": (27, 13, 12, 10),
     "across": (15, 41, 18, 68),
-    "on index": (37, 32, 30, 78),
+    "on index": (36, 35, 38, 78),
     "in": (20, 48, 55, 38),
     "palm": (4, 8, 55, 76),
     "low": (18, 19, 55, 74),
@@ -145,6 +145,8 @@ GESTURES = {
     "T": ("between 1 and 2", "TCCC", 0.0),
     "X": ("across", "ECCC", 0.0),
 }
+# Ring and little finger close less firmly in some hands: by up to this share of their knuckles' flexion.
+SLACK = (0.0, 0.0, 0.2, 0.4)
 SPREAD_DEG = (11, 3, -5, -12)  # abduction of index .. little at spread 1, to the thumb positive
 
 # The 21 joints: the wrist, then base, middle, end joint and tip of thumb, index, middle, ring, little (thumb:
@@ -175,7 +177,7 @@ THUMB_FLAT = 0.8
 # people than in others: radius of the thumb's base, and how far the balls rise out of the palm, with their
 # radii, where it is flat and where it is hollow, and by how much more in a fist, whose fingers press on them.
 THUMB_BASE_MM = (10.5, 14.4)
-BALLS_MM = ((-4.0, 2.5, 8.0), (-2.5, 3.5, 11.5))
+BALLS_MM = ((-4.0, 2.5, 8.0), (-2.5, 3.5, 9.5))
 BALL_RADII_MM = ((9.0, 15.0, 2.0), (9.0, 13.0, 3.0))
 # Thickness of fingers and palm over what girth makes of them: the least and the largest.
 FINGER_GIRTH, PALM_GIRTH = (0.92, 1.1), (0.95, 1.15)
@@ -187,9 +189,10 @@ GROOVE_MM, PARTED_MM = 2.0, 6.0
 BALLS_FORWARD = 0.15
 HEEL_MM, HEEL_RADIUS_MM = (-6.0, 2.0, -6.0), (13.0, 14.0)
 # Two spheres rise out of the palm of a fist: one below the fingertips, one between the balls. Their radius
-# in a stretched palm and in a fist; how far from the balls to the knuckles the first is; by what share they
-# rise less where a stretched palm is hollow.
-CUSHION_MM, CUSHION_FORWARD, CUSHION_LESS = (12.0, 14.0), 0.25, 0.25
+# in a stretched palm and in a fist; how far from the balls to the knuckles the first is; by what share each
+# rises less where a stretched palm is hollow. How far a thumb under the fingers lifts its ball and these two.
+CUSHION_MM, CUSHION_FORWARD, RISING_LESS = (12.0, 14.0), 0.25, (0.45, 0.6)
+TUCKED_MM = (8.0, 18.0, 7.0)
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
 BULGE = (0.03, 0.05, 0.03, 0.0)
 # Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.

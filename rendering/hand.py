@@ -151,7 +151,11 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     middle = (thenar + hypothenar) / 2
     cushion = torch.lerp(middle, chains[:, 1:4, 0].mean(1), anatomy.CUSHION_FORWARD)
     rising = torch.stack((cushion, middle), 1)
-    rising[..., 2] *= (closed * (1 - anatomy.CUSHION_LESS * hands.hollow))[:, None]
+    rising[..., 2] *= closed[:, None] * (1 - hands.hollow[:, None] * closed.new_tensor(anatomy.RISING_LESS))
+    # A thumb under the fingers pushes the palm up to them.
+    tucked = closed * _tucked(hands.angles[:, :4])
+    lift = tucked[:, None, None] * palmar * closed.new_tensor(anatomy.TUCKED_MM)[:, None]
+    thenar, rising = thenar + lift[:, 0], rising + lift[:, 1:]
     proximal = 0.6 * chains[:, 1:, 0] + 0.4 * chains[:, 1:, 1]
     webs = 0.5 * (proximal[:, :-1] + proximal[:, 1:])
     singles = torch.stack((carpal[:, 1], heel, thenar, web_thumb, hypothenar), 1)
@@ -162,6 +166,13 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
     web_radii = palm * palm.new_tensor((5.5, 5.5, 5.0))
     radii = (14 * palm, heel_radius, size[0], 9 * palm, size[1], swollen, swollen, web_radii)
     return torch.cat((singles, rising, webs), 1), torch.cat(radii, 1) * girth
+
+
+def _tucked(thumb: Tensor) -> Tensor:
+    """Return 1 for thumbs [B, 4] that are bent flat across the palm, 0 for those beside or before it."""
+    radial, palmar, mcp, ip = torch.rad2deg(thumb).unbind(1)
+    across, flat, bent = (30 - radial) / 20, (20 - palmar) / 15, (mcp + ip - 40) / 80
+    return across.clamp(0, 1) * flat.clamp(0, 1) * bent.clamp(0, 1)
 
 
 def _between(ends: tuple, share: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def _draw_angles(noise: Noise, like: Tensor) -> Tensor:
     scale = torch.deg2rad(noise.uniform(1, 1, 9))
     dip = torch.deg2rad(anatomy.DIP_SPREAD_DEG * noise.uniform(4, -1, 1))
     wrist = torch.deg2rad(share.new_tensor(WRIST_DEG) + noise.normal(2) * share.new_tensor(WRIST_SD_DEG))
+    slack = noise.uniform(1, -1, 1).clamp(min=0) * share.new_tensor(anatomy.SLACK)
     tries = []
     for left in torch.linspace(1, -0.6, GRIP_TRIES).tolist():
         change = noise.normal(22)
@@ -99,6 +100,7 @@ def _draw_angles(noise: Noise, like: Tensor) -> Tensor:
             change[:, joint:20:4] = TOGETHER * common + math.sqrt(1 - TOGETHER**2) * change[:, joint:20:4]
         angles = first + max(left, 0) * share * (second - first) + max(left, 0.1) * scale * change
         angles = angles * (1 + 0.25 * min(left, 0))
+        angles[:, 4:20:4] *= 1 - max(left, 0.1) * slack
         tries.append(_coupled(torch.cat((angles[:, :20], wrist), 1), max(left, 0) * dip))
     return torch.stack(tries, 1)
 
