@@ -264,6 +264,26 @@ def test_fingers_over_the_thumb_lie_near_the_palm():
     assert (joints[:, 4, 2] > joints[:, 7, 2] + 5).all()  # the thumb's tip behind its end joint
 
 
+def test_a_thumb_under_the_fingers_leaves_no_step_from_them_to_the_palm():
+    for gesture, largest_mm in (("M", 12), ("N", 18)):  # 17 and 22 mm over a flat palm
+        joints_uvd, depth = frontal_depth(gesture)
+        for tip in (8, 12):  # of the index and of the middle finger
+            u, v = joints_uvd[tip, :2].round().long().tolist()
+            below = depth[v - 5 : v + 60, u]
+            assert (below[6:] - below[:-6]).max() < largest_mm
+    thumbs = torch.tensor(list(anatomy.THUMB.values())).deg2rad()
+    tucked = dict(zip(anatomy.THUMB, hand._tucked(thumbs).tolist()))
+    assert tucked["between 3 and 4"] == 1 and tucked["across"] == tucked["out"] == 0  # before and beside
+
+
+def test_in_some_fists_ring_and_little_finger_close_less_firmly():
+    index, middle, ring, little = hands_of(3000).angles[:, 4:20:4].rad2deg().T
+    fists = (index > 75) & (middle > 75) & (ring > 55) & (little > 35)
+    assert fists.sum() > 100
+    slack = (index - little)[fists]
+    assert 0.1 < (slack > 20).float().mean() < 0.3 and (slack < 5).float().mean() > 0.4
+
+
 def test_a_fist_has_a_heel_that_is_as_wide_as_the_knuckles():
     joints_uvd, depth = frontal_depth("fist")
     (u, v), knuckle = joints_uvd[0, :2].round().long().tolist(), joints_uvd[17, 0]
