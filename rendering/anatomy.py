@@ -64,9 +64,9 @@ THUMB = {
     "in": (20, 48, 55, 38),
     "palm": (4, 8, 55, 76),
     "low": (18, 19, 55, 74),
-    "between 1 and 2": (28, 0, 52, 80),
+    "between 1 and 2": (36, 0, 50, 80),
     "between 2 and 3": (14, 0, 55, 80),
-    "between 3 and 4": (3, 3, 54, 77),
+    "between 3 and 4": (12, 8, 55, 80),
     "lateral": (9, 20, 4, 34),
     "opposed": (32, 50, 10, 18),
     "parallel": (28, 58, 5, 6),
@@ -96,7 +96,7 @@ FINGER = {
     "X": (16, 12),
     "Y": (-10, 6),
     "T": (73, 81),
-    "M": (75, 92),
+    "M": (72, 89),
 }
 # Gesture: thumb state and the states of index, middle, ring and little finger, then how far they are spread
 # (0..1) or their abductions in degrees. Single capitals: letters that no other gesture shows.
@@ -145,6 +145,8 @@ GESTURES = {
     "T": ("between 1 and 2", "TCCC", 0.0),
     "X": ("across", "ECCC", 0.0),
 }
+# Drawn so many times as often as the others: fists seen from the palm are the hardest to tell from their backs.
+OFTEN = {"A": 2, "E": 2, "M": 3, "T": 2}
 # Ring and little finger close less firmly in some hands: by up to this share of their knuckles' flexion.
 SLACK = (0.0, 0.0, 0.2, 0.4)
 SPREAD_DEG = (11, 3, -5, -12)  # abduction of index .. little at spread 1, to the thumb positive
@@ -192,7 +194,7 @@ HEEL_MM, HEEL_RADIUS_MM = (-6.0, 2.0, -6.0), (13.0, 14.0)
 # in a stretched palm and in a fist; how far from the balls to the knuckles the first is; by what share each
 # rises less where a stretched palm is hollow. How far a thumb under the fingers lifts its ball and these two.
 CUSHION_MM, CUSHION_FORWARD, RISING_LESS = (12.0, 14.0), 0.25, (0.45, 0.6)
-TUCKED_MM = (8.0, 18.0, 7.0)
+TUCKED_MM = (11.0, 20.0, 7.0)
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
 BULGE = (0.03, 0.05, 0.03, 0.0)
 # Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.

@@ -83,7 +83,8 @@ def _draw_angles(noise: Noise, like: Tensor) -> Tensor:
 
     From try to try they come nearer to a gesture as it stands in the table; the last ones are opened a bit.
     """
-    table = gesture_angles(like)
+    times = [anatomy.OFTEN.get(name, 1) for name in anatomy.GESTURES]
+    table = gesture_angles(like).repeat_interleave(torch.tensor(times, device=like.device), 0)
     first, second = (table[(noise.uniform(1)[:, 0] * len(table)).long()] for _ in range(2))
     kind = noise.uniform(1)
     # One weight a finger; 0 for a plain gesture, the same for all fingers half-way between two.
@@ -94,7 +95,7 @@ def _draw_angles(noise: Noise, like: Tensor) -> Tensor:
     wrist = torch.deg2rad(share.new_tensor(WRIST_DEG) + noise.normal(2) * share.new_tensor(WRIST_SD_DEG))
     slack = noise.uniform(1, -1, 1).clamp(min=0) * share.new_tensor(anatomy.SLACK)
     tries = []
-    for left in torch.linspace(1, -0.6, GRIP_TRIES).tolist():
+    for left in torch.linspace(1, -0.9, GRIP_TRIES).tolist():
         change = noise.normal(22)
         for joint, common in zip((4, 6), noise.normal(2).split(1, 1)):
             change[:, joint:20:4] = TOGETHER * common + math.sqrt(1 - TOGETHER**2) * change[:, joint:20:4]

@@ -273,7 +273,7 @@ def test_a_thumb_under_the_fingers_leaves_no_step_from_them_to_the_palm():
             assert (below[6:] - below[:-6]).max() < largest_mm
     thumbs = torch.tensor(list(anatomy.THUMB.values())).deg2rad()
     tucked = dict(zip(anatomy.THUMB, hand._tucked(thumbs).tolist()))
-    assert tucked["between 3 and 4"] == 1 and tucked["across"] == tucked["out"] == 0  # before and beside
+    assert tucked["between 3 and 4"] > 0.7 and tucked["across"] == tucked["out"] == 0  # before and beside
 
 
 def test_in_some_fists_ring_and_little_finger_close_less_firmly():
