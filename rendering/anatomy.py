@@ -145,7 +145,7 @@ GESTURES = {
     "T": ("between 1 and 2", "TCCC", 0.0),
     "X": ("across", "ECCC", 0.0),
 }
-# Drawn so many times as often as the others: fists seen from the palm are the hardest to tell from their backs.
+# Drawn so many times as often as the others: palms of fists are the hardest to tell from backs.
 OFTEN = {"A": 2, "E": 2, "M": 3, "T": 2}
 # Ring and little finger close less firmly in some hands: by up to this share of their knuckles' flexion.
 SLACK = (0.0, 0.0, 0.2, 0.4)
