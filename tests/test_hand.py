@@ -265,12 +265,12 @@ def test_fingers_over_the_thumb_lie_near_the_palm():
 
 
 def test_a_thumb_under_the_fingers_leaves_no_step_from_them_to_the_palm():
-    for gesture, largest_mm in (("M", 12), ("N", 18)):  # 17 and 22 mm over a flat palm
+    for gesture in "MN":
         joints_uvd, depth = frontal_depth(gesture)
         for tip in (8, 12):  # of the index and of the middle finger
             u, v = joints_uvd[tip, :2].round().long().tolist()
             below = depth[v - 5 : v + 60, u]
-            assert (below[6:] - below[:-6]).max() < largest_mm
+            assert (below[6:] - below[:-6]).max() < 15  # 21 and 22 mm over a palm that does not rise
     thumbs = torch.tensor(list(anatomy.THUMB.values())).deg2rad()
     tucked = dict(zip(anatomy.THUMB, hand._tucked(thumbs).tolist()))
     assert tucked["between 3 and 4"] > 0.7 and tucked["across"] == tucked["out"] == 0  # before and beside
