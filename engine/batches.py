@@ -3,7 +3,7 @@
 import signal
 import sys
 import traceback
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,8 +17,12 @@ from utils import UserError, start_worker
 SUBSTITUTES = 100
 
 
-class Batch(NamedTuple):
-    """Frames of one step: a Sample of batched fields (None without any), their indices, and UserErrors."""
+@dataclass(frozen=True)
+class Batch:
+    """Frames of one step: a Sample of batched fields (None without any), their indices, and UserErrors.
+
+    No tuple: PyTorch 2.10 would pin the items of one, of which arrays cannot be, and not call `pin_memory`.
+    """
 
     samples: tuple | None
     indices: list
@@ -29,7 +33,7 @@ class Batch(NamedTuple):
         if self.samples is None:
             return self
         pinned = (torch.from_numpy(field).pin_memory() for field in self.samples)
-        return self._replace(samples=type(self.samples)(*pinned))
+        return replace(self, samples=type(self.samples)(*pinned))
 
 
 class Frames(Dataset):
@@ -154,7 +158,7 @@ def batches_of(loader):
             if not isinstance(error, FrameError):
                 raise error
         samples = batch.samples and type(batch.samples)(*map(torch.as_tensor, batch.samples))
-        yield batch._replace(samples=samples)
+        yield replace(batch, samples=samples)
 
 
 def _drop_half_made_iterator(error):
