@@ -145,11 +145,11 @@ GESTURES = {
     "T": ("between 1 and 2", "TCCC", 0.0),
     "X": ("across", "ECCC", 0.0),
 }
+SPREAD_DEG = (11, 3, -5, -12)  # abduction of index .. little at spread 1, to the thumb positive
 # Drawn so many times as often as the others: palms of fists are the hardest to tell from backs.
 OFTEN = {"A": 2, "E": 2, "M": 3, "T": 2}
 # Ring and little finger close less firmly in some hands: by up to this share of their knuckles' flexion.
 SLACK = (0.0, 0.0, 0.2, 0.4)
-SPREAD_DEG = (11, 3, -5, -12)  # abduction of index .. little at spread 1, to the thumb positive
 
 # The 21 joints: the wrist, then base, middle, end joint and tip of thumb, index, middle, ring, little (thumb:
 # CMC, MCP, IP).
@@ -192,9 +192,12 @@ BALLS_FORWARD = 0.15
 HEEL_MM, HEEL_RADIUS_MM = (-6.0, 2.0, -6.0), (13.0, 14.0)
 # Two spheres rise out of the palm of a fist: one below the fingertips, one between the balls. Their radius
 # in a stretched palm and in a fist; how far from the balls to the knuckles the first is; by what share each
-# rises less where a stretched palm is hollow. How far a thumb under the fingers lifts its ball and these two.
+# rises less where a stretched palm is hollow.
 CUSHION_MM, CUSHION_FORWARD, RISING_LESS = (12.0, 14.0), 0.25, (0.45, 0.6)
+# How far a thumb under the fingers lifts its ball and these two; its radial and palmar abduction and the bend
+# of both its joints where it is beside or before them, and where it is wholly under them.
 TUCKED_MM = (11.0, 20.0, 7.0)
+TUCKED_DEG = ((40, 20), (20, 5), (40, 120))
 # How much thicker a finger's base, middle joint, end joint and tip are per radian of the middle joint's bend.
 BULGE = (0.03, 0.05, 0.03, 0.0)
 # Of the arm's two spheres at the wrist, and their growth over 250 mm: half their distance, radius.

@@ -171,8 +171,11 @@ def _palm_spheres(hands: Hands, chains: Tensor) -> tuple[Tensor, Tensor]:
 def _tucked(thumb: Tensor) -> Tensor:
     """Return 1 for thumbs [B, 4] that are bent flat across the palm, 0 for those beside or before it."""
     radial, palmar, mcp, ip = torch.rad2deg(thumb).unbind(1)
-    across, flat, bent = (40 - radial) / 20, (20 - palmar) / 15, (mcp + ip - 40) / 80
-    return across.clamp(0, 1) * flat.clamp(0, 1) * bent.clamp(0, 1)
+    across, flat, bent = (
+        ((angle - free) / (under - free)).clamp(0, 1)
+        for angle, (free, under) in zip((radial, palmar, mcp + ip), anatomy.TUCKED_DEG)
+    )
+    return across * flat * bent
 
 
 def _between(ends: tuple, share: Tensor) -> Tensor:

@@ -276,6 +276,17 @@ def test_a_thumb_under_the_fingers_leaves_no_step_from_them_to_the_palm():
     assert tucked["between 3 and 4"] > 0.7 and tucked["across"] == tucked["out"] == 0  # before and beside
 
 
+def test_some_gestures_are_drawn_more_often(monkeypatch):
+    def fists():
+        return (hands_of(500).angles[:, 4:20:4].rad2deg() > 45).all(1).float().mean()
+
+    as_it_is = fists()
+    monkeypatch.setattr(anatomy, "OFTEN", {})
+    assert fists() < as_it_is
+    monkeypatch.setattr(anatomy, "OFTEN", {"fist": 10_000})
+    assert fists() > 0.8
+
+
 def test_in_some_fists_ring_and_little_finger_close_less_firmly():
     index, middle, ring, little = hands_of(3000).angles[:, 4:20:4].rad2deg().T
     fists = (index > 75) & (middle > 75) & (ring > 55) & (little > 35)
