@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 import warnings
 from functools import cache
 
@@ -66,34 +67,41 @@ def prepare(network, device, frames=0, tolerance_mm=TOLERANCE_MM):
     The network is copied, not changed. It runs in channels_last; single frames on a CPU as a recorded graph;
     on a GPU in bfloat16 or TF32; compiled where `frames`, the number still to come (0: unknown), repays it.
     What may round otherwise is used once it has been seen on the first batch to move no coordinate by
-    `tolerance_mm`.
+    `tolerance_mm`. Several threads may call it.
     """
     network = copy.deepcopy(network).to(device, memory_format=torch.channels_last).eval()
     if device.type == "cpu":
         replace_norms(network)
-    run = None
+    run, choosing = None, threading.Lock()
 
     @torch.inference_mode()
     def forward(img, label_img, mask):
         nonlocal run
         inputs = [x.to(memory_format=torch.channels_last) for x in (img, label_img, mask)]
-        if run is not None:
-            return last_stage(run, inputs)
-        # TF32 is how torch by itself rounds what a GPU's convolutions read.
-        run = within(lambda: torch.backends.cudnn.flags(enabled=True, allow_tf32=False), network)
-        exact = last_stage(run, inputs)
-        for make in faster_forwards(network, inputs, frames):
-            try:
-                faster = make()
-                if moved_mm(exact.uvd, last_stage(faster, inputs).uvd) < tolerance_mm:
-                    run = faster
-                    break
-            except (RuntimeError, AttributeError) as error:  # no compiler, Python.h, Triton or torch.jit
-                reason = one_line(error)
-                tqdm.write(f"warning: a faster way was passed over: {type(error).__name__} ({reason})")
-        return exact
+        if run is None:
+            with choosing:
+                if run is None:
+                    run, exact = fastest(network, inputs, frames, tolerance_mm)
+                    return exact
+        return last_stage(run, inputs)
 
     return forward
+
+
+def fastest(network, inputs, frames, tolerance_mm):
+    """Return the fastest way to run a network that moves nothing by the tolerance, and the exact answer."""
+    # TF32 is how torch by itself rounds what a GPU's convolutions read.
+    run = within(lambda: torch.backends.cudnn.flags(enabled=True, allow_tf32=False), network)
+    exact = last_stage(run, inputs)
+    for make in faster_forwards(network, inputs, frames):
+        try:
+            faster = make()
+            if moved_mm(exact.uvd, last_stage(faster, inputs).uvd) < tolerance_mm:
+                return faster, exact
+        except (RuntimeError, AttributeError) as error:  # no compiler, Python.h, Triton or torch.jit
+            reason = one_line(error)
+            tqdm.write(f"warning: a faster way was passed over: {type(error).__name__} ({reason})")
+    return run, exact
 
 
 def faster_forwards(network, inputs, frames):

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from datasets import DATASETS, MSRADataset
-from engine.turns import MOST_TURNS, STEP_DEG
+from engine.turns import MOST_TURNS, SHIPPED_TURNS, STEP_DEG
 from frames.cameras import PRESETS, parse_camera, split_numbers
 from model import COORDINATE_LOSSES
 from utils import HelpFormatter, UserError, one_line, usable_cores
@@ -20,6 +20,10 @@ TURNS = {
     "type": int,
     "default": 1,
     "help": f"average the coordinates over so many crops, turned by 0, {STEP_DEG}, -{STEP_DEG} .. degrees",
+}
+TURNS_OF_MODEL = TURNS | {
+    "default": None,
+    "help": f"{TURNS['help']} (default: {SHIPPED_TURNS} with the model that ships, else 1)",
 }
 SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}
 
@@ -212,7 +216,7 @@ def _add_model(parser):
     add("--model", type=Path, help="checkpoint (default: the one that comes with this code)")
     add("--joints", choices=DATASETS, help="data set whose joints it predicts (default: the checkpoint's)")
     add("--cube", type=float, help="half the edge of the hand's cube, mm (default: --joints')")
-    add("--turns", **TURNS)
+    add("--turns", **TURNS_OF_MODEL)
     add("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one")
 
 

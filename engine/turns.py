@@ -1,15 +1,21 @@
 """Averaging a network's coordinates over turned copies of each crop, for as many times the work."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from engine.inference import prepare
 from frames.transforms import Augmentation, augment_joints
-from utils import UserError
+from utils import UserError, usable_cores
 
 STEP_DEG = 30
 MOST_TURNS = 360 // STEP_DEG
+
+# Of predict.py and HandPoseEstimator, with the model that ships, which was trained on all turns.
+SHIPPED_TURNS = 2
 
 
 def prepare_turned(network, device, frames=0, turns=1):
@@ -27,21 +33,27 @@ def average_over_turns(forward, turns):
 
     Its uvd is the mean of what `forward`, such a function, says of `turns` crops: turned in the picture by 0,
     30, -30, 60 .. degrees; its maps are those of the first. What a turn moves out of the picture is lost to
-    that crop.
+    that crop. On a CPU as many crops are predicted at once as there are cores for PyTorch's threads.
     """
     angles_deg = [sign * step for step in range(STEP_DEG, 360, STEP_DEG) for sign in (1, -1)][: turns - 1]
     rotations = [torch.from_numpy(augment_joints(np.eye(3), Augmentation(angle))) for angle in angles_deg]
+    pool = cache(lambda: ThreadPoolExecutor(max(1, usable_cores() // torch.get_num_threads())))
+
+    @torch.inference_mode()
+    def predicted(rotation, img, label_img, mask):
+        if rotation is None:
+            return forward(img, label_img, mask)
+        rotation = rotation.to(img)
+        turned = _turned(img, rotation[:2, :2])
+        # As `prepare_crop` resizes: to half the size, the mean of 2 x 2 px.
+        label = F.interpolate(turned, label_img.shape[-2:], mode="bilinear", align_corners=False)
+        output = forward(turned, label, (label != 0).to(mask))
+        return output._replace(uvd=output.uvd @ rotation.T)
 
     def averaged(img, label_img, mask):
-        output = forward(img, label_img, mask)
-        total = output.uvd
-        for rotation in rotations:
-            rotation = rotation.to(img)
-            turned = _turned(img, rotation[:2, :2])
-            # As `prepare_crop` resizes: to half the size, the mean of 2 x 2 px.
-            label = F.interpolate(turned, label_img.shape[-2:], mode="bilinear", align_corners=False)
-            total = total + forward(turned, label, (label != 0).to(mask)).uvd @ rotation.T
-        return output._replace(uvd=total / turns)
+        at_once = pool().map if rotations and img.device.type == "cpu" else map
+        outputs = list(at_once(lambda each: predicted(each, img, label_img, mask), [None, *rotations]))
+        return outputs[0]._replace(uvd=sum(output.uvd for output in outputs) / turns)
 
     return averaged
 

@@ -10,7 +10,7 @@ import torch
 from datasets import DATASETS
 from engine.batches import to_device
 from engine.checkpoints import load_network, resolve_device
-from engine.turns import prepare_turned
+from engine.turns import SHIPPED_TURNS, prepare_turned
 from frames.cameras import (
     FARTHEST_MM,
     NEAREST_MM,
@@ -91,9 +91,9 @@ class HandPoseEstimator:
     whose joints the model predicts and `cube_mm` half the edge of the cube around the hand; both
     default to what the checkpoint was trained on. `hand` is right, or left: then frames are mirrored
     for the network and joints mirrored back; a right hand in a mirrored picture is a left one.
-    Coordinates are means over `turns` crops (1 to 12, see `engine.turns.average_over_turns`), confidences
-    of the heatmaps of the first. `frames` is how many are to come, if that is known: the network is compiled
-    for long work.
+    Coordinates are means over `turns` crops (1 to 12, see `engine.turns.average_over_turns`), by default 2
+    with the model that comes with this code, else 1 as in test.py; confidences are of the first crop.
+    `frames` is how many are to come, if that is known: the network is compiled for long work.
 
     Raises UserError where the model or camera is of no use, or one of these out of its range.
     """
@@ -106,7 +106,7 @@ class HandPoseEstimator:
         joints=None,
         cube_mm=None,
         hand="right",
-        turns=1,
+        turns=None,
         device="auto",
         frames=0,
     ):
@@ -118,7 +118,9 @@ class HandPoseEstimator:
         self.network = load_network(self.model, joints)
         self.dataset = DATASETS[self.network.dataset]
         self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
-        self.turns, self._forward = turns, prepare_turned(self.network, self.device, frames, turns)
+        usual = SHIPPED_TURNS if self.model.samefile(SHIPPED_MODEL) else 1
+        self.turns = usual if turns is None else turns
+        self._forward = prepare_turned(self.network, self.device, frames, self.turns)
 
     def __call__(self, depth_mm, center_uvd=None, bbox=None, near_uvd=None):
         """Return the HandPose of one frame, depth [H, W] in mm.

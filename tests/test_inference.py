@@ -1,6 +1,8 @@
 """The fast forward pass gives the network's own answer."""
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -69,6 +71,22 @@ def test_a_graph_is_recorded_where_frames_come_one_by_one(
     for batch in batches:
         assert_same(network, forward, batch)
     assert runs == runs_of_graph and "passed over" not in capsys.readouterr().err
+
+
+def test_threads_that_begin_together_use_one_graph(monkeypatch):
+    recorded, graphs, network = inference.recorded, [], random_network()
+
+    def slowly(*arguments):
+        graphs.append(arguments)
+        time.sleep(0.2)  # time for the other threads to come in between
+        return recorded(*arguments)
+
+    monkeypatch.setattr(inference, "recorded", slowly)
+    forward = prepare(network, torch.device("cpu"))
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(assert_same, network, forward, 1) for _ in range(4)]:
+            done.result()
+    assert len(graphs) == 1
 
 
 def test_a_pytorch_that_records_no_graph_runs_the_network_as_it_is(monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """The model that comes with the code: what its card says, and that it is taken where none is named."""
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,4 +61,5 @@ def test_it_is_taken_where_no_model_is_named(workplace, script):
         for model in ([SHIPPED_MODEL], [])
     )
     np.testing.assert_array_equal(named.joints_xyz, silent.joints_xyz)
-    assert SHIPPED_MODEL.name in (workplace / "Result/predict/predictions.jsonl").read_text()
+    head = json.loads((workplace / "Result/predict/predictions.jsonl").read_text().splitlines()[0])
+    assert Path(head["model"]).name == SHIPPED_MODEL.name and head["turns"] == 2

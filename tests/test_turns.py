@@ -1,5 +1,7 @@
 """Averaging over turned crops: pictures turn as in training, answers are turned back."""
 
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,17 @@ from predict import HandPoseEstimator
 from utils import UserError
 
 SIZE = 64
+
+
+@pytest.fixture(autouse=True)
+def cores(monkeypatch):
+    """Let one crop follow the other; return a function that changes how many cores there are."""
+
+    def give(count):
+        monkeypatch.setattr("engine.turns.usable_cores", lambda: count)
+
+    give(1)
+    return give
 
 
 def blobs(*places):
@@ -59,6 +72,20 @@ def test_answers_are_averaged():
     averaged = average_over_turns(lambda *crop: StageOutput(*crop[1:], next(each)), 3)
     back = [augment_joints(uvd[0], Augmentation(-angle)) for uvd, angle in zip(answers, angles)]
     assert np.allclose(averaged(*inputs(blobs((1, 2)))).uvd[0], np.mean(back, 0), atol=1e-6)
+
+
+def test_crops_are_predicted_at_once_where_cores_are_free(cores, monkeypatch):
+    img, all_there = blobs((12, -5)), Barrier(3)
+
+    def waiting(*crop):
+        all_there.wait(timeout=60)  # raises BrokenBarrierError where the three are not there together
+        return centroid(*crop)
+
+    expected = average_over_turns(centroid, 3)(*inputs(img))
+    cores(6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    together = average_over_turns(waiting, 3)(*inputs(img))
+    assert all(torch.equal(*fields) for fields in zip(together, expected))
 
 
 @pytest.mark.parametrize("turns", [0, -1, 13])

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.options import DEVICES, TURNS
+from engine.options import DEVICES, TURNS_OF_MODEL
 from frames.cameras import DepthCamera, parse_camera, read_depth
 from frames.transforms import Camera, uvd2xyz
 from predict import HandPoseEstimator
@@ -195,7 +195,7 @@ def main(argv=None):
     parser.add_argument(
         "--at_marks", action="store_true", help="take the marks' middle for the hand's, instead of finding it"
     )
-    parser.add_argument("--turns", **TURNS)
+    parser.add_argument("--turns", **TURNS_OF_MODEL)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU where there is one")
     args = parser.parse_args(argv)
     found = []
