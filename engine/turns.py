@@ -37,6 +37,7 @@ def average_over_turns(forward, turns):
     """
     angles_deg = [sign * step for step in range(STEP_DEG, 360, STEP_DEG) for sign in (1, -1)][: turns - 1]
     rotations = [torch.from_numpy(augment_joints(np.eye(3), Augmentation(angle))) for angle in angles_deg]
+    # Made for the first frame: predict.py limits PyTorch's threads once the network is known.
     pool = cache(lambda: ThreadPoolExecutor(max(1, usable_cores() // torch.get_num_threads())))
 
     @torch.inference_mode()
