@@ -10,30 +10,30 @@ Without --model it takes the model that comes with this code (Model/README.md).
 import os
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
 
 import utils  # first: torch reads the threads' settings when it is imported
-from engine.inference import limit_threads
+from engine.inference import forwards_at_once, limit_threads
 from engine.options import parse_predict
 from frames.cameras import doubts_about, list_frames, read_depth
 from frames.files import FrameError
-from prediction.estimator import HandPose, HandPoseEstimator, Place, no_hand
+from prediction.estimator import HandPose, HandPoseEstimator, no_hand
 from prediction.output import PredictionWriter
 from utils import SOME_FAILED, say
 
 __all__ = ["HandPose", "HandPoseEstimator"]
 
 
-class Located(NamedTuple):
-    """A frame's depth [H, W] mm, or None, doubts about the camera, and what HandPoseEstimator.locate says."""
+class Predicted(NamedTuple):
+    """A frame's depth [H, W] mm, None where it cannot be read, doubts about the camera, and the HandPose."""
 
     depth_mm: np.ndarray | None
     doubts: list
-    place: Place | HandPose
+    pose: HandPose
 
 
 def main(argv=None):
@@ -59,13 +59,12 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
     """
     good, count, started, asked = 0, 0, time.perf_counter(), set()
     for files in sequences:
-        for path, locating in locate_ahead(files, estimator, depth_camera, hint):
-            depth_mm, doubts, place = locating.result()
+        for path, predicting in predict_ahead(files, estimator, depth_camera, hint):
+            depth_mm, doubts, pose = predicting.result()
             for doubt in doubts:
                 if doubt not in asked:
                     say(f"warning: {doubt}", sys.stderr)
                 asked.add(doubt)
-            (pose,) = estimator.predict([place])
             if pose.reason:
                 say(f"warning: {path}: {pose.reason}", sys.stderr)
             good, count = good + (pose.reason is None), count + 1
@@ -77,12 +76,13 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
     return good
 
 
-def locate_ahead(files, estimator, depth_camera, hint):
-    """Yield each file of a sequence and the future of its Located.
+def predict_ahead(files, estimator, depth_camera, hint):
+    """Yield each file of a sequence and the future of its Predicted.
 
-    While a frame is in use, a thread reads the next one and finds the hand there, near where it was.
+    A thread reads frame after frame and finds the hand there, near where it was; others predict its joints,
+    of as many frames at once as there is room for on the device.
     """
-    near_uvd = None
+    near_uvd, at_once = None, forwards_at_once(estimator.device)
 
     def locate(path):
         nonlocal near_uvd
@@ -94,13 +94,19 @@ def locate_ahead(files, estimator, depth_camera, hint):
         except (FrameError, ValueError) as error:
             place = no_hand(getattr(error, "reason", error))
         near_uvd = place.center_uvd
-        return Located(depth_mm, doubts, place)
+        return depth_mm, doubts, place
 
-    with ThreadPoolExecutor(1) as locator:
-        ahead = locator.submit(locate, files[0])
-        for path, following in zip_longest(files, files[1:]):
-            locating, ahead = ahead, following and locator.submit(locate, following)
-            yield path, locating
+    def predict(locating):
+        depth_mm, doubts, place = locating.result()
+        return Predicted(depth_mm, doubts, *estimator.predict([place]))
+
+    with ThreadPoolExecutor(1) as locator, ThreadPoolExecutor(at_once) as predictor:
+        ahead = deque()
+        for path in files:
+            ahead.append((path, predictor.submit(predict, locator.submit(locate, path))))
+            if len(ahead) > at_once:
+                yield ahead.popleft()
+        yield from ahead
 
 
 if __name__ == "__main__":

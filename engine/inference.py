@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.winograd import as_winograd, is_worth_it
 from model import StageOutput
-from utils import one_line
+from utils import one_line, usable_cores
 
 # The answer may move by this much between two ways to compute it. uv spans two cubes of about 150 mm.
 TOLERANCE_MM = 0.05
@@ -29,6 +29,11 @@ def limit_threads(network):
     """Let this process use one thread for a narrow network; OMP_NUM_THREADS in the environment wins."""
     if network.param["features"] <= NARROW and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def forwards_at_once(device):
+    """Return how many threads may run a network at a time: on a CPU as many as PyTorch leaves cores for."""
+    return max(1, usable_cores() // torch.get_num_threads()) if torch.device(device).type == "cpu" else 1
 
 
 class PlainInstanceNorm(nn.Module):

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from engine.inference import prepare
+from engine.inference import forwards_at_once, prepare
 from frames.transforms import Augmentation, augment_joints
-from utils import UserError, usable_cores
+from utils import UserError
 
 STEP_DEG = 30
 MOST_TURNS = 360 // STEP_DEG
@@ -38,7 +38,7 @@ def average_over_turns(forward, turns):
     angles_deg = [sign * step for step in range(STEP_DEG, 360, STEP_DEG) for sign in (1, -1)][: turns - 1]
     rotations = [torch.from_numpy(augment_joints(np.eye(3), Augmentation(angle))) for angle in angles_deg]
     # Made for the first frame: predict.py limits PyTorch's threads once the network is known.
-    pool = cache(lambda: ThreadPoolExecutor(max(1, usable_cores() // torch.get_num_threads())))
+    pool = cache(lambda: ThreadPoolExecutor(forwards_at_once("cpu")))
 
     @torch.inference_mode()
     def predicted(rotation, img, label_img, mask):

@@ -4,8 +4,9 @@ import csv
 import json
 import struct
 import zlib
+from itertools import count
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 from types import SimpleNamespace
 
 import cv2
@@ -21,7 +22,7 @@ from frames.drawing import FINGER_COLOURS
 from frames.samples import prepare_crop
 from frames.transforms import Camera, Frame
 from model import PixelwiseRegression, StageOutput
-from predict import HandPose, HandPoseEstimator, predict_all
+from predict import HandPose, HandPoseEstimator, predict_ahead, predict_all
 from prediction.estimator import middle_of_hand
 from prediction.output import Gif, draw_views, finger_chains
 from utils import UserError
@@ -293,6 +294,28 @@ def test_the_next_frame_is_located_while_one_is_predicted(tmp_path):
     )
     predict_all(estimator, parse_camera(CAMERA_TEXT), [files], (None, None), writer)
     assert written == [(path, number) for number, path in enumerate(files)]
+
+
+def test_frames_are_predicted_at_once_and_written_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("predict.forwards_at_once", lambda device: 2)
+    files = [write_png(tmp_path / f"{k}.png", hand_frame()) for k in range(5)]
+    both, second_done = Barrier(2), Event()
+
+    def predict(places):
+        number = places[0].center_uvd
+        if number < 2:  # neither is predicted before the other has begun
+            both.wait(10)
+        if number == 0:
+            assert second_done.wait(10)
+        if number == 1:
+            second_done.set()
+        return places
+
+    places = (HandPose(None, None, None, number) for number in count())
+    estimator = SimpleNamespace(locate=lambda *_: next(places), predict=predict, device="cpu")
+    ahead = predict_ahead(files, estimator, parse_camera(CAMERA_TEXT), (None, None))
+    done = [(path, predicting.result().pose.center_uvd) for path, predicting in ahead]
+    assert done == [(path, number) for number, path in enumerate(files)]
 
 
 def test_pictures_of_an_earlier_run_go(workplace, model, script):

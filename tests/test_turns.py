@@ -20,7 +20,7 @@ def cores(monkeypatch):
     """Let one crop follow the other; return a function that changes how many cores there are."""
 
     def give(count):
-        monkeypatch.setattr("engine.turns.usable_cores", lambda: count)
+        monkeypatch.setattr("engine.inference.usable_cores", lambda: count)
 
     give(1)
     return give
