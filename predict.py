@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 import utils  # first: torch reads the threads' settings when it is imported
+from engine.checkpoints import torch_errors_explained
 from engine.inference import forwards_at_once, limit_threads
 from engine.options import parse_predict
 from frames.cameras import doubts_about, list_frames, read_depth
 from frames.files import FrameError
 from prediction.estimator import HandPose, HandPoseEstimator, no_hand
 from prediction.output import PredictionWriter
-from utils import SOME_FAILED, say
+from utils import SOME_FAILED, UserError, say
 
 __all__ = ["HandPose", "HandPoseEstimator"]
 
@@ -36,9 +37,13 @@ class Predicted(NamedTuple):
     pose: HandPose
 
 
+@torch_errors_explained()
 def main(argv=None):
     """Predict as the command line says; return the exit status."""
     args = parse_predict(argv)
+    for path in args.input:
+        if not os.path.exists(path):
+            raise UserError(f"{path} not found: give depth pictures, or folders of them")
     sequences = [list_frames(path) if os.path.isdir(path) else [path] for path in args.input]
     total = sum(map(len, sequences))
     how = dict(joints=args.joints, cube_mm=args.cube, hand=args.hand, turns=args.turns, device=args.device)
@@ -47,6 +52,7 @@ def main(argv=None):
     what = dict(pictures=args.pictures, video=args.video if total > 1 else "none", plot3d=args.plot3d)
     with PredictionWriter(args.out, estimator, args.camera, sequences, **what) as writer:
         good = predict_all(estimator, args.camera, sequences, (args.center, args.bbox), writer)
+    say(f"{writer.out}: {', '.join(writer.names)}")
     if good == total:
         return 0
     return SOME_FAILED if good else 1
@@ -70,9 +76,8 @@ def predict_all(estimator, depth_camera, sequences, hint, writer):
             good, count = good + (pose.reason is None), count + 1
             writer.write(path, depth_mm, pose)
     seconds = time.perf_counter() - started
-    speed = f", {count / seconds:.1f} frames a second on {estimator.device}" if good else ""
+    speed = f", {count / seconds:.1f} frames a second on {estimator.device}" if good and count > 1 else ""
     say(f"{good} of {count} frames have joints{speed}")
-    say(f"{writer.out}: {', '.join(writer.names)}")
     return good
 
 

@@ -24,6 +24,9 @@ if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
 
 SOME_FAILED = 3  # exit status where some frames have no joints
 
+# A second Ctrl-C so soon after the first is the same one, handed on by a launcher; a later one ends at once.
+SAME_SIGNAL_S = 1.0
+
 # Temporary files that nobody has written to for so long are nobody's.
 SWEEP_S = 3600
 _swept = {}
@@ -52,7 +55,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 def run(main):
     """Run a script's `main`; return its exit status: 1 with one line on stderr after a UserError.
 
-    SIGTERM ends it by way of every `finally`, as Ctrl-C does.
+    SIGTERM ends it by way of every `finally`, as Ctrl-C does; a second Ctrl-C ends it as it stands.
     """
     if not hasattr(signal, "SIGCHLD"):
         say("error: this runs on Linux and macOS; on Windows use WSL", sys.stderr)
@@ -61,7 +64,8 @@ def run(main):
         stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     # What OpenCV has to say of a damaged picture is said in an error.
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    before = _end_at_signals()
     try:
         status = main() or 0
         if sys.stdout:
@@ -80,13 +84,32 @@ def run(main):
         say("interrupted", sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_at_signals():
+    """Let SIGTERM, and Ctrl-C unless it is ignored, end the program; return {number: handler before}."""
+    began = []
+
+    def interrupt(number, _):
+        began.append(time.monotonic())
+        if len(began) == 1:
+            raise KeyboardInterrupt
+        if began[-1] - began[0] > SAME_SIGNAL_S:
+            os._exit(128 + number)
+
+    handlers = {signal.SIGTERM: lambda number, _: sys.exit(128 + number)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        handlers[signal.SIGINT] = interrupt
+    return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
 
 def say(text, stream=None):
     """Print a line, by default to standard output; where nobody reads it any more, go on in silence.
 
     Text and newline go out in one write, so that lines of several processes do not run into each other.
+    Raises UserError where standard output is a file on a full disk.
     """
     stream = stream or sys.stdout
     try:
@@ -95,6 +118,10 @@ def say(text, stream=None):
             stream.flush()
     except BrokenPipeError:  # `... | head -1`
         discard(stream)
+    except OSError as error:
+        discard(stream)
+        if stream is sys.stdout:
+            raise UserError(f"cannot write to standard output: {error.strerror}") from error
 
 
 def discard(stream):

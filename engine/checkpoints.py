@@ -13,8 +13,12 @@ from engine.full_regression import COORDINATES_BIAS, FullRegression, label_size_
 from model import PixelwiseRegression
 from utils import UserError, atomic_path, load_torch, one_line, require_file
 
+DEVICES = ("auto", "cpu", "cuda")
+
 # What DataParallel and torch.compile put before the names of weights.
 WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")
+
+NO_MEMORY = "memory is too short for this: end other programs, or raise the limit that was set"
 
 
 @contextmanager
@@ -23,8 +27,14 @@ def torch_errors_explained():
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise UserError("the GPU's memory is full: give a smaller --batch_size or another device") from error
+        raise UserError(
+            "the GPU's memory is full: give a smaller --batch_size, where there is one, or another --device"
+        ) from error
+    except MemoryError as error:
+        raise UserError(NO_MEMORY) from error
     except RuntimeError as error:
+        if any(word in str(error) for word in ("DefaultCPUAllocator", "bad_alloc")):
+            raise UserError(NO_MEMORY) from error
         if "DataLoader worker" in str(error):
             raise UserError(
                 f"{one_line(error)}: where memory is short, give fewer --num_workers; "
@@ -39,11 +49,13 @@ def torch_errors_explained():
 
 
 def resolve_device(name, gpu_id=0):
-    """Return the torch device for `auto`, `cpu` or `cuda`. Raises UserError where there is no such GPU."""
+    """Return the torch device for one of DEVICES. Raises UserError for others, or without such a GPU."""
+    if name not in DEVICES:
+        raise UserError(f"device must be {', '.join(DEVICES)}, not {name!r}")
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if not 0 <= gpu_id < torch.cuda.device_count():
-        raise UserError(f"--device cuda --gpu_id {gpu_id}: torch sees {torch.cuda.device_count()} GPUs")
+        raise UserError(f"device {name}, GPU {gpu_id}: PyTorch sees {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(gpu_id)  # where pinned memory and questions about "the" GPU go
     return torch.device("cuda", gpu_id)
 

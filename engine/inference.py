@@ -21,8 +21,9 @@ CUBE_MM = 150.0
 # Threads of a network no wider than this wait for each other about as long as they work.
 NARROW = 64
 
-# So many frames repay the minute or more that compiling takes.
+# So many frames repay the minute or more that compiling takes; a narrow network's graph is nearly as fast.
 COMPILE_FRAMES = {"cpu": 3000, "cuda": 30000}
+COMPILE_NARROW = 15000
 
 
 def limit_threads(network):
@@ -112,12 +113,13 @@ def fastest(network, inputs, frames, tolerance_mm):
 def faster_forwards(network, inputs, frames):
     """Return functions that make a forward pass which may be faster for so many frames, fastest first."""
     device = inputs[0].device
-    compiling = frames >= COMPILE_FRAMES[device.type]
+    single = len(inputs[0]) == 1 and frames != 1  # of a batch Python takes a small share of the time
+    graph_is_fast = device.type == "cpu" and single and network.param["features"] <= NARROW
+    compiling = frames >= (COMPILE_NARROW if graph_is_fast else COMPILE_FRAMES[device.type])
     if compiling:
         tqdm.write(f"compiling the network, which {frames} forward passes repay")
     fast = cache(lambda: compile_for(network, inputs) if compiling else network)
     if device.type == "cpu":
-        single = len(inputs[0]) == 1 and frames != 1  # of a batch Python takes a small share of the time
         return [fast] * compiling + [lambda: recorded(network, inputs)] * single
     half = lambda: within(lambda: torch.autocast(device.type, torch.bfloat16), fast())  # noqa: E731
     return [half, fast] if torch.cuda.get_device_capability(device) >= (8, 0) else [fast]

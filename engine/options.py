@@ -9,13 +9,13 @@ from pathlib import Path
 import yaml
 
 from datasets import DATASETS, MSRADataset
+from engine.checkpoints import DEVICES
 from engine.turns import MOST_TURNS, SHIPPED_TURNS, STEP_DEG
 from frames.cameras import PRESETS, parse_camera, split_numbers
 from model import COORDINATE_LOSSES
 from utils import HelpFormatter, UserError, one_line, usable_cores
 
 USAGE = "%(prog)s [options], which --help lists"
-DEVICES = ("auto", "cpu", "cuda")
 TURNS = {
     "type": int,
     "default": 1,

@@ -23,9 +23,9 @@ def prepare_turned(network, device, frames=0, turns=1):
 
     Raises UserError where `turns` is not 1 to MOST_TURNS.
     """
-    if not 1 <= turns <= MOST_TURNS:
-        raise UserError(f"turns must be 1 to {MOST_TURNS}, not {turns}")
-    return average_over_turns(prepare(network, device, frames * turns), turns)
+    if turns not in range(1, MOST_TURNS + 1):
+        raise UserError(f"turns must be 1 to {MOST_TURNS}, not {turns!r}")
+    return average_over_turns(prepare(network, device, frames * turns), int(turns))
 
 
 def average_over_turns(forward, turns):

@@ -287,7 +287,7 @@ def check_depth(depth, unit_mm=1.0, size_px=None):
 
 def _check_range(depth, unit_mm):
     """Raise OutOfReachError where stored depths [H, W] cannot show a hand, and name the unit that would."""
-    some = depth[::4, ::4]  # enough to tell mm from metres
+    some = depth[::4, ::4].astype(np.float64)  # enough to tell mm from metres
     stored = some[(some > 0) & np.isfinite(some) & (some != SATURATED)]
     if len(stored) == 0:
         return
@@ -367,9 +367,11 @@ def _require_depth(path, image):
 
 
 def _read_npy(path, depth_camera):
-    data = io.BytesIO(read_bytes(path))
+    data = read_bytes(path)
+    if not data.startswith(b"\x93NUMPY"):
+        raise FrameError(path, "the array cannot be read: the file does not begin as .npy files do")
     try:
-        return np.load(data, allow_pickle=False)
+        return np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # NumPy reads the header as Python text, and raises whatever comes of that
         raise FrameError(path, f"the array cannot be read: {one_line(error)}") from None
 

@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 
+from model import grid_position
 from utils import atomic_path
 
 # One colour a finger, RGB: thumb, index, middle, ring, little, palm.
@@ -44,7 +45,7 @@ def draw_crop(image, uvd, chains, size=256):
     """Return an RGB [size, size, 3] picture of a crop [S, S] with normalised joints uvd [J, 3]."""
     picture = cv2.resize(colour_depth(image), (size, size), interpolation=cv2.INTER_NEAREST)
     own = image.shape[0]
-    joints_px = (np.asarray(uvd)[:, :2] * (own - 1) + own // 2 + 0.5) * (size / own) - 0.5
+    joints_px = (grid_position(np.asarray(uvd)[:, :2], own) + 0.5) * (size / own) - 0.5
     return draw_skeleton(picture, joints_px, chains)
 
 

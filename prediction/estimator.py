@@ -117,7 +117,9 @@ class HandPoseEstimator:
         self.device, self.model = resolve_device(device), Path(model or SHIPPED_MODEL)
         self.network = load_network(self.model, joints)
         self.dataset = DATASETS[self.network.dataset]
-        self.cube_mm, self.hand = float(cube_mm or self.dataset.cube_mm), hand
+        self.cube_mm, self.hand = float(self.dataset.cube_mm if cube_mm is None else cube_mm), hand
+        if not 0 < self.cube_mm < FARTHEST_MM:
+            raise UserError(f"the hand's cube must be above 0 and below {FARTHEST_MM:g} mm, not {cube_mm}")
         usual = SHIPPED_TURNS if self.model.samefile(SHIPPED_MODEL) else 1
         self.turns = usual if turns is None else turns
         self._forward = prepare_turned(self.network, self.device, frames, self.turns)
@@ -176,7 +178,7 @@ class HandPoseEstimator:
             if bbox is not None:
                 require_box(bbox, width, height)
             for name, hint in (("centre", center_uvd), ("place before", near_uvd)):
-                if hint is not None and not np.isfinite(hint).all():
+                if hint is not None and not (np.shape(hint) == (3,) and np.isfinite(hint).all()):
                     raise ValueError(f"the {name} {tuple(hint)} must be column px, row px and depth mm")
             if self.hand == "left":
                 depth_mm = np.ascontiguousarray(depth_mm[:, ::-1])
@@ -252,9 +254,9 @@ def mirrored(uvd, width):
 
 def require_box(bbox, width, height):
     """Raise ValueError where a box (left, top, width, height; px) is none, or can only be two corners."""
-    left, top, wide, high = bbox
-    if not (np.isfinite(bbox).all() and wide > 0 and high > 0):
+    if not (np.shape(bbox) == (4,) and np.isfinite(bbox).all() and bbox[2] > 0 and bbox[3] > 0):
         raise ValueError(f"the box {tuple(bbox)} must be left, top, width, height, the last two above 0")
+    left, top, wide, high = bbox
     beyond = left + wide > width * 1.1 or top + high > height * 1.1
     if beyond and left < wide <= width and top < high <= height and min(left, top) >= 0:
         box = f"{left:g},{top:g},{wide - left:g},{high - top:g}"

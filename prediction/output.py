@@ -14,7 +14,7 @@ import numpy as np
 
 from frames.drawing import draw_skeleton, write_picture
 from frames.transforms import Rect, uvd2xyz, window_around
-from utils import UserError
+from utils import UserError, atomic_path
 
 FORMAT, VERSION = "hand pose", 2
 
@@ -40,7 +40,7 @@ class PredictionWriter:
     sequence film.mp4 or film.gif.
 
     A context manager; when it begins, the pictures that an earlier run's predictions.jsonl lists go.
-    Raises UserError where the folder cannot be written or holds the frames to read.
+    Raises UserError where the folder cannot be written, holds the frames to read, or is another run's.
     """
 
     def __init__(self, out, estimator, depth_camera, sequences, *, pictures=True, video="mp4", plot3d=False):
@@ -63,7 +63,10 @@ class PredictionWriter:
                 f"--out {readable(self.out)} is not UTF-8: no film can be written, give --video none"
             )
         with self._explained(), ExitStack() as stack:
+            if self.out.exists() and not self.out.is_dir():
+                raise UserError(f"--out {self.out} is no folder: give another")
             self.out.mkdir(parents=True, exist_ok=True)
+            self._lock(stack)
             earlier = files_of_earlier_run(self.out)
             for name in set(self._own_files()) - set(earlier):
                 if os.path.lexists(self.out / name):
@@ -80,6 +83,19 @@ class PredictionWriter:
             self._append(self._head(), [columns])
             self._stack = stack.pop_all()
         return self
+
+    def _lock(self, stack):
+        """Keep other runs out of the folder until the stack ends; the system does where the run is killed."""
+        import fcntl  # not where `utils.run` ends every script
+
+        folder = os.open(self.out, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes to {self.out}: wait, or give another --out") from None
+        except OSError:
+            pass  # a file system without locks
 
     def _own_files(self):
         """Return the names of all files that the run may write."""
@@ -274,31 +290,32 @@ class Mp4:
             self.size = picture.shape[1::-1]
             self.writer = cv2.VideoWriter(self.path, cv2.VideoWriter_fourcc(*"mp4v"), FILM_FPS, self.size)
             if not self.writer.isOpened():
-                raise UserError("this OpenCV writes no MP4: use --video gif or none")
+                self.writer, what = None, "x".join(map(str, self.size))
+                raise UserError(f"this OpenCV writes no MP4 of {what} px: use --video gif or none")
         self.writer.write(cv2.cvtColor(cv2.resize(picture, self.size), cv2.COLOR_RGB2BGR))
 
     def close(self):
-        """End the file. Raises OSError where it is no film then: OpenCV tells of no full disk."""
+        """End the file. Raises OSError, and removes it, where it is no film: OpenCV tells of no full disk."""
         if self.writer is not None:
             self.writer.release()
             if not cv2.VideoCapture(self.path).isOpened():
+                Path(self.path).unlink(missing_ok=True)
                 raise OSError(errno.ENOSPC, f"{self.path} is not whole: the disk may be full")
 
 
 class Gif:
-    """A small film of at most GIF_FRAMES evenly spaced pictures, which is all it keeps in memory."""
+    """A small film, shaped as its first picture; it keeps at most GIF_FRAMES evenly spaced ones in memory."""
 
     def __init__(self, path, total):
         self.path, self.step, self.pictures, self.count = path, -(-total // GIF_FRAMES), [], 0
+        self.size = None
 
     def add(self, picture):
         """Append an RGB picture if it is one of those shown."""
         if self.count % self.step == 0:
             height, width = picture.shape[:2]
-            small = cv2.resize(
-                picture, (GIF_WIDTH_PX, GIF_WIDTH_PX * height // width), interpolation=cv2.INTER_AREA
-            )
-            self.pictures.append(small)
+            self.size = self.size or (GIF_WIDTH_PX, max(1, GIF_WIDTH_PX * height // width))
+            self.pictures.append(cv2.resize(picture, self.size, interpolation=cv2.INTER_AREA))
         self.count += 1
 
     def close(self):
@@ -309,4 +326,5 @@ class Gif:
 
             first, *others = [Image.fromarray(picture) for picture in self.pictures]
             pace_ms = self.step * 1000 // FILM_FPS
-            first.save(self.path, save_all=True, append_images=others, duration=pace_ms, loop=0)
+            with atomic_path(self.path) as temporary:
+                first.save(temporary, save_all=True, append_images=others, duration=pace_ms, loop=0)

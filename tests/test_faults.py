@@ -337,6 +337,33 @@ class Process(NamedTuple):
     threads: torch.Tensor
 
 
+def test_a_second_ctrl_c_soon_after_the_first_leaves_time_to_clean_up(capsys):
+    before, cleaned = signal.getsignal(signal.SIGINT), []
+
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)  # as launchers hand it on
+            time.sleep(0.05)
+            cleaned.append(True)
+
+    assert utils.run(main) == 130 and cleaned
+    assert capsys.readouterr().err == "interrupted\n"
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_full_disk_under_standard_output_is_one_line(capsys, monkeypatch):
+    def write(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(utils, "discard", lambda stream: None)
+    monkeypatch.setattr(sys.stdout, "write", write)
+    assert utils.run(lambda: utils.say("done")) == 1
+    assert capsys.readouterr().err == "error: cannot write to standard output: No space left on device\n"
+
+
 class Processes:
     """Its frames tell of the process that loads them, which gets a Ctrl-C each time."""
 

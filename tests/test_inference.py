@@ -137,6 +137,26 @@ def compiled_calls(monkeypatch):
     return shapes
 
 
+@pytest.mark.parametrize(
+    ("features", "batch", "frames", "compiles"),
+    [
+        (64, 1, 14999, False),
+        (64, 1, 15000, True),
+        (64, 2, 2999, False),
+        (64, 2, 3000, True),
+        (96, 1, 3000, True),
+    ],
+)
+def test_compiling_pays_later_where_a_graph_is_nearly_as_fast(features, batch, frames, compiles, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(inference, "compile_for", lambda *_: compiled.append(1))
+    monkeypatch.setattr(inference, "recorded", lambda *_: None)
+    network = random_network(stage=1, features=features)
+    for make in inference.faster_forwards(network, inputs(batch), frames):
+        make()
+    assert bool(compiled) == compiles
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_long_work_is_compiled_and_a_last_short_batch_is_not(compiled_calls):

@@ -1,6 +1,7 @@
 """What predict.py writes stays, whatever ends the run, and what others wrote stays as well."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 from conftest import REPO, hidden_files
 from processes import start_script
-from test_predict import CAMERA_TEXT, hand_frame, read_results, save_network, write_png
+from test_predict import CAMERA, CAMERA_TEXT, hand_frame, read_results, save_network, write_png
 
 from frames.cameras import DepthCamera, parse_camera
 from frames.transforms import Camera
-from prediction.output import Mp4
+from predict import HandPoseEstimator
+from prediction.output import Gif, Mp4, PredictionWriter
+from utils import UserError
 
 OPTIONS = ["--camera", CAMERA_TEXT, "--device", "cpu"]
 
@@ -163,6 +166,45 @@ def test_a_film_that_the_disk_cuts_off_is_told(tmp_path):
     film.writer = SimpleNamespace(release=release)
     with pytest.raises(OSError, match="film.mp4 is not whole: the disk may be full"):
         film.close()
+    assert not (tmp_path / "film.mp4").exists()
+
+
+def test_a_gif_that_the_disk_cuts_off_leaves_nothing(tmp_path, monkeypatch):
+    film = Gif(tmp_path / "film.gif", 2)
+    film.add(np.zeros((48, 64, 3), np.uint8))
+
+    def save(image, path, **options):
+        path.write_bytes(b"GIF89a")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", save)
+    with pytest.raises(UserError, match="cannot write .*film.gif: No space left"):
+        film.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_a_film_are_as_large_as_its_first(tmp_path):
+    film = Gif(tmp_path / "film.gif", 3)
+    for shape in ((48, 64, 3), (640, 1, 3), (1, 640, 3)):
+        film.add(np.zeros(shape, np.uint8))
+    assert {picture.shape for picture in film.pictures} == {(240, 320, 3)}
+
+
+def test_a_picture_that_no_mp4_can_show_is_named(tmp_path):
+    film = Mp4(tmp_path / "film.mp4", 2)
+    with pytest.raises(UserError, match="writes no MP4 of 1x1 px: use --video gif or none"):
+        film.add(np.zeros((1, 1, 3), np.uint8))
+    film.close()  # has nothing to say
+
+
+def test_a_folder_takes_one_run_at_a_time(workplace, model, script):
+    estimator = HandPoseEstimator(model, CAMERA, device="cpu")
+    write_png(Path("frame.png"), hand_frame())
+    with PredictionWriter("out", estimator, parse_camera(CAMERA_TEXT), [[Path("frame.png")]]):
+        done = script("predict.py", "frame.png", *OPTIONS, "--model", model, "--out", "out")
+    assert done.status == 1 and done.err.count("\n") == 1
+    assert "another run writes to out: wait, or give another --out" in done.err
+    assert script("predict.py", "frame.png", *OPTIONS, "--model", model, "--out", "out").status == 0
 
 
 def test_packed_frames_are_read_with_an_earlier_runs_camera(workplace, model, script):

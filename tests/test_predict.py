@@ -367,6 +367,9 @@ def test_the_script_takes_a_presets_name_and_a_center(workplace, model, script):
     ("arguments", "message"),
     [
         (["frame.png", "--model", "absent.pt"], "absent.pt not found"),
+        (["frame.png", "absent.png", "--model", "small.pt"], "absent.png not found: give depth pictures"),
+        (["long" * 80 + ".png", "--model", "small.pt"], "long.png not found: give depth pictures"),
+        (["frame.png", "--model", "small.pt", "--out", "frame.png"], "--out frame.png is no folder: give an"),
         (["empty", "--model", "small.pt"], "no depth frame"),
         (["frame.png", "--model", "published.pt", "--joints", "NYU"], "21 joints"),
         (
@@ -423,6 +426,7 @@ def test_the_joints_of_an_unnamed_checkpoint_come_from_their_number_or_the_files
         ("grey.png", np.full((480, 640), 90, np.uint8), "found 8-bit grey"),
         ("colour.png", np.full((480, 640, 3), 90, np.uint8), "found 8-bit colour"),
         ("nan.npy", np.full((480, 640), np.nan), "no pixel has a depth"),
+        ("text.npy", b"hello", "does not begin as .npy files do"),
         ("negative.npy", np.full((480, 640), -1.0), "negative"),
         ("metres.npy", np.full((480, 640), 0.5), "--depth_unit 1000"),
         ("far_metres.npy", np.pad(np.full((80, 80), 0.5), 200, constant_values=25), "--depth_unit 1000"),
@@ -435,8 +439,6 @@ def test_the_joints_of_an_unnamed_checkpoint_come_from_their_number_or_the_files
         ("text.tif", b"hello", "does not decode"),
         ("giant.png", giant("png"), "more than any depth camera"),
         ("giant.tif", giant("tif"), "does not decode"),
-        ("absent.png", None, "missing"),
-        ("long" * 80 + ".png", None, "missing"),
         ("nothing.png", np.pad(np.full((20, 20), 500, np.uint16), ((220, 240), (300, 320))), "hand"),
     ],
 )
@@ -445,7 +447,7 @@ def test_a_bad_frame_gets_its_reason(name, content, message, workplace, model, s
         Path(name).write_bytes(content)
     elif name.endswith("npy"):
         np.save(name, content, allow_pickle=True)
-    elif content is not None:
+    else:
         write_png(Path(name), content)
     done = script("predict.py", name, "--camera", CAMERA_TEXT, "--model", model, "--device", "cpu")
     assert done.status == 1
@@ -490,6 +492,35 @@ def test_a_hint_nearer_than_any_hand_does_no_harm(depth_mm, estimator):
 def test_a_second_crop_that_cannot_be_leaves_the_first(estimator, monkeypatch):
     monkeypatch.setattr(f"{ESTIMATOR}.middle_of_hand", lambda crop, uvd: np.array([320.0, 240.0, 1.0]))
     assert estimator(hand_frame()).reason is None
+
+
+def test_a_mistyped_input_leaves_earlier_results(workplace, model, script):
+    write_png(Path("frame.png"), hand_frame())
+    options = ["--camera", CAMERA_TEXT, "--model", model, "--device", "cpu"]
+    assert script("predict.py", "frame.png", *options).status == 0
+    before = read_results()
+    assert script("predict.py", "frane.png", *options).status == 1
+    assert read_results() == before and len(list(Path("Result/predict/overlay").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cube_mm": -3}, "cube must be above 0 and below 2000 mm, not -3"),
+        ({"cube_mm": np.nan}, "not nan"),
+        ({"turns": 1.5}, "turns must be 1 to 12, not 1.5"),
+        ({"turns": "2"}, "turns must be 1 to 12, not '2'"),
+        ({"device": "tpu"}, "device must be auto, cpu, cuda, not 'tpu'"),
+    ],
+)
+def test_what_an_estimator_cannot_be_is_said(options, message, model):
+    with pytest.raises(UserError, match=message):
+        HandPoseEstimator(model, CAMERA, **{"device": "cpu"} | options)
+
+
+@pytest.mark.parametrize("hint", [{"center_uvd": (320, 240)}, {"near_uvd": [3]}, {"bbox": (200, 100, 140)}])
+def test_hints_of_too_few_numbers_are_the_reason(hint, estimator):
+    assert "must be " in estimator(hand_frame(), **hint).reason
 
 
 @pytest.mark.parametrize("hand", ["right", "left"])

@@ -75,7 +75,8 @@ def score(model, tmp_path, capsys):
         camera = {"fx": 475, "fy": 475, "u0": 319.5, "v0": 239.5}
         content = {"camera": camera, "frames": {"a": marks, "absent": marks}, **content}
         (tmp_path / "marks.json").write_text(json.dumps(content))
-        cv2.imwrite(str(tmp_path / "a.png"), depth_mm)
+        for name in content["frames"].keys() - {"absent"}:
+            cv2.imwrite(str(tmp_path / f"{name}.png"), depth_mm)
         marks = ["--marks", str(tmp_path / "marks.json"), "--model", str(model), "--device", "cpu"]
         assert score_marks.main([*marks, *options]) == 0
         return capsys.readouterr().out.splitlines()
@@ -98,6 +99,27 @@ def test_marks_are_scored_in_millimetres_and_a_wrist_is_no_fingertip(score):
     assert f"fingertips in space {thumb_mm} mm" in lines[4] and lines[4].endswith(
         "0 of 1 tips nearest another finger's"
     )
+
+
+@pytest.mark.parametrize(
+    ("thumb", "message"),
+    [
+        ([1, 2], "thumb must be 3 numbers, not [1, 2]"),
+        (["a", 2, 3], "thumb must be 3 numbers, not ['a', 2, 3]"),
+        ([250, 200, 0], "thumb is marked where nothing was measured: its depth is 0"),
+    ],
+)
+def test_a_wrong_mark_costs_its_frame_alone(thumb, message, score):
+    good = score(hand_frame(), MARKS)
+    lines = score(hand_frame(), MARKS, frames={"b": {"thumb": thumb}, "a": MARKS})
+    assert lines[2].split(maxsplit=1) == ["b", message]
+    assert lines[3] == good[2] and lines[4].startswith("found 1 of 2")
+
+
+@pytest.mark.parametrize("marks", [[[1, 2]] * 5, [[1, 2]] * 20 + [[1]], [[1, None]] * 21, 3])
+def test_too_few_or_odd_marks_are_named(marks):
+    with pytest.raises(UserError, match="joints_uv must be 21 x 2 numbers, not "):
+        score_marks.numbers(marks, (21, 2), "joints_uv")
 
 
 def test_a_left_hand_scores_as_its_mirror_image_does(score):

@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.checkpoints import torch_errors_explained
 from engine.options import DEVICES, TURNS_OF_MODEL
 from frames.cameras import DepthCamera, parse_camera, read_depth
 from frames.transforms import Camera, uvd2xyz
 from predict import HandPoseEstimator
 from prediction.output import finger_chains
-from utils import HelpFormatter, UserError, run
+from utils import HelpFormatter, UserError, one_line, run
 
 # In the order of `finger_chains`, whose last joints are the fingertips.
 FINGERS = ("thumb", "index", "middle", "ring", "pinky")
@@ -92,10 +93,23 @@ def marks_uvd(marks, dataset):
     uvd = np.full((dataset.joint_number, 3), np.nan)
     for mark, joint in marked_joints(dataset).items():
         if mark in marks:
-            uvd[joint] = marks[mark]
+            uvd[joint] = numbers(marks[mark], (3,), mark)
+            if not uvd[joint, 2] > 0:
+                raise UserError(f"{mark} is marked where nothing was measured: its depth is {marks[mark][2]}")
     if np.isnan(uvd).all():
         raise UserError("nothing is marked")
     return uvd
+
+
+def numbers(marks, shape, name):
+    """Return marks as an array of this shape. Raises UserError where they are something else."""
+    try:
+        array = np.array(marks, np.float64)
+    except (ValueError, TypeError):
+        array = np.empty(0)
+    if array.shape != shape or not np.isfinite(array).all():
+        raise UserError(f"{name} must be {' x '.join(map(str, shape))} numbers, not {one_line(marks)}")
+    return array
 
 
 def pad_crop(depth_mm, joints_uv):
@@ -109,7 +123,7 @@ def pad_crop(depth_mm, joints_uv):
         raise UserError(f"the crop has {size[0]}x{size[1]} px, more than {CANVAS_PX[0]}x{CANVAS_PX[1]}")
     canvas = np.zeros(CANVAS_PX[::-1], depth_mm.dtype)
     canvas[row : row + size[1], column : column + size[0]] = depth_mm
-    joints_uv = np.array(joints_uv, np.float64)
+    joints_uv = np.asarray(joints_uv, np.float64)
     columns, rows = np.clip(joints_uv.round().astype(int), 0, size - 1).T
     measured = depth_mm[rows, columns]
     if not measured.any():
@@ -140,7 +154,8 @@ def score_frame(estimator, path, marks, marked, at_marks):
     """Return the Score of one file. Raises UserError where it has no marks or no hand is found."""
     dataset, depth_mm = estimator.dataset, read_depth(path, marked.depth_camera)
     if marked.on_crops:
-        depth_mm, true_uvd = pad_crop(depth_mm, marks["joints_uv"])
+        joints_uv = numbers(marks["joints_uv"], (dataset.joint_number, 2), "joints_uv")
+        depth_mm, true_uvd = pad_crop(depth_mm, joints_uv)
     else:
         true_uvd = marks_uvd(marks, dataset)
     pose = estimator(depth_mm, center_uvd=np.nanmean(true_uvd, axis=0) if at_marks else None)
@@ -185,6 +200,7 @@ def summary(scores, marked, columns):
     )
 
 
+@torch_errors_explained()
 def main(argv=None):
     """Score every set; return 0 where a hand was found in each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
