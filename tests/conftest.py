@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hands import CAMERA, save_network
 from processes import REPO, Finished
 
 from check_dataset import build_index, check_frame
+from predict import HandPoseEstimator
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = REPO.parent / "shared"
@@ -108,3 +110,13 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: real recordings are not part of the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_network(tmp_path_factory.mktemp("model") / "small.pt", dataset="HAND17")
+
+
+@pytest.fixture(scope="session")
+def estimator(model):
+    return HandPoseEstimator(model, CAMERA, device="cpu")

@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from test_predict import CAMERA, hand_frame, write_png
+from hands import CAMERA, CAMERA_TEXT, hand_frame, write_png
 
+from datasets import DATASETS
 from frames.cameras import (
     PRESETS,
     DepthCamera,
@@ -19,7 +20,7 @@ from frames.cameras import (
     read_depth,
 )
 from frames.files import FrameError
-from frames.transforms import Camera
+from frames.transforms import Camera, Frame
 from utils import UserError
 
 OWN = Camera(600.0, 601.0, 320.0, 240.0)
@@ -253,3 +254,57 @@ def test_a_folders_frames_come_in_the_order_of_their_numbers_and_others_are_name
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in list_frames(tmp_path)] == ["cm1²3.png", "f9.png", "f10.png", "f١.png"]
     assert "passed over: 2 .raw, 1 .txt" in capfd.readouterr().err
+
+
+def test_every_kind_of_file_is_read_to_millimetres(tmp_path, indexed):
+    depth = hand_frame()
+    millimetres = parse_camera(CAMERA_TEXT)
+    nyu = cv2.merge(
+        [(depth & 255).astype(np.uint8), (depth >> 8).astype(np.uint8), np.zeros_like(depth, np.uint8)]
+    )
+    np.save(tmp_path / "metres.npy", depth / 1000)
+    files = {
+        write_png(tmp_path / "depth.png", depth): 1.0,
+        write_png(tmp_path / "nyu.png", nyu): 1.0,
+        write_png(tmp_path / "depth.tiff", depth.astype(np.float32)): 1.0,
+        write_png(tmp_path / "eighths.png", depth * 8): 0.125,
+        tmp_path / "metres.npy": 1000.0,
+    }
+    for path, unit_mm in files.items():
+        camera = millimetres._replace(unit_mm=unit_mm, packed=path.stem == "nyu")
+        np.testing.assert_allclose(read_depth(path, camera), depth, atol=1e-3)
+    msra = DATASETS["MSRA"](path=indexed("MSRA"), dataset="test", test_only=True)
+    whole, part = read_depth(msra.frame_path(0), PRESETS["MSRA"]), msra.read(msra.line(0))
+    assert whole.shape == (240, 320)
+    assert whole[part.top, part.left] == part.depth_mm[0, 0] and whole.sum() == part.depth_mm.sum()
+
+
+def test_bytes_behind_the_end_of_a_png_do_no_harm(tmp_path):
+    path = write_png(tmp_path / "depth.png", hand_frame())
+    path.write_bytes(path.read_bytes() + bytes(32))
+    np.testing.assert_array_equal(read_depth(path, parse_camera(CAMERA_TEXT)), hand_frame())
+
+
+def test_presets_look_through_the_middle_of_their_pictures():
+    for name, (camera, _, (width, height), *_) in PRESETS.items():
+        assert abs(camera.u0 / width - 0.5) < 0.09 and abs(camera.v0 / height - 0.5) < 0.09, name
+
+
+def test_cameras_come_from_presets_and_numbers():
+    assert parse_camera("kinectv2") is PRESETS["KinectV2"]
+    assert parse_camera(CAMERA_TEXT) == DepthCamera(CAMERA)
+
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path):
+    for name in ("f10.png", "f9.png", "f1.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_frames(tmp_path)] == ["f1.png", "f9.png", "f10.png"]
+    with pytest.raises(UserError, match="cannot be read"):
+        list_frames(tmp_path / "notes.txt")
+
+
+def test_checked_depth_is_not_copied_where_it_is_millimetres():
+    depth = hand_frame()
+    depth.setflags(write=False)
+    assert check_depth(depth) is depth
+    assert Frame(depth).rect.right == 640

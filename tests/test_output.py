@@ -15,21 +15,18 @@ import cv2
 import numpy as np
 import pytest
 from conftest import REPO, hidden_files
+from hands import CAMERA, CAMERA_TEXT, hand_frame, read_results, write_png
 from processes import start_script
-from test_predict import CAMERA, CAMERA_TEXT, hand_frame, read_results, save_network, write_png
 
+from datasets import DATASETS
 from frames.cameras import DepthCamera, parse_camera
+from frames.drawing import FINGER_COLOURS
 from frames.transforms import Camera
-from predict import HandPoseEstimator
-from prediction.output import Gif, Mp4, PredictionWriter
+from predict import HandPose
+from prediction.output import Gif, Mp4, PredictionWriter, draw_views, finger_chains
 from utils import UserError
 
 OPTIONS = ["--camera", CAMERA_TEXT, "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    return save_network(tmp_path_factory.mktemp("model") / "small.pt", dataset="HAND17")
 
 
 def test_odd_file_names_lose_nothing(workplace, model, script):
@@ -197,8 +194,7 @@ def test_a_picture_that_no_mp4_can_show_is_named(tmp_path):
     film.close()  # has nothing to say
 
 
-def test_a_folder_takes_one_run_at_a_time(workplace, model, script):
-    estimator = HandPoseEstimator(model, CAMERA, device="cpu")
+def test_a_folder_takes_one_run_at_a_time(workplace, model, estimator, script):
     write_png(Path("frame.png"), hand_frame())
     with PredictionWriter("out", estimator, parse_camera(CAMERA_TEXT), [[Path("frame.png")]]):
         done = script("predict.py", "frame.png", *OPTIONS, "--model", model, "--out", "out")
@@ -256,3 +252,25 @@ def test_a_script_whose_output_nobody_reads_ends_as_sigpipe_would_end_it():
     process.stdout.close()
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     assert process.stderr.read() == b""
+
+
+def test_the_right_view_shows_depth_to_its_right():
+    """What lies 60 mm behind the centre is 80 of 400 px off the middle of a cube of 300 mm."""
+    depth_mm, center_xyz = hand_frame(), np.array([0.0, 0.0, 500.0])
+    joints_xyz = np.repeat([center_xyz + (0, 0, 60)], 21, axis=0)
+    pose = HandPose(joints_xyz, None, None, np.array([319.5, 239.5, 500.0]))
+    views = draw_views(depth_mm, pose, CAMERA, 150, DATASETS["HAND17"].config)
+    for view, column in ((views[:, :400], 200), (views[:, 400:], 280)):
+        assert abs(np.nonzero((view == FINGER_COLOURS[4]).all(-1))[1].mean() - column) < 1
+
+
+def test_a_gif_keeps_few_pictures_in_memory(tmp_path):
+    gif = Gif(tmp_path / "film.gif", 250)
+    for _ in range(250):
+        gif.add(np.zeros((48, 64, 3), np.uint8))
+    assert 80 < len(gif.pictures) <= 100
+
+
+def test_chains_go_from_thumb_to_little_finger():
+    for name, tips in {"NYU": [8, 6, 4, 2, 0], "MSRA": [20, 4, 8, 12, 16]}.items():
+        assert [chain[-1] for chain in finger_chains(DATASETS[name])[:5]] == tips

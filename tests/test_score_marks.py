@@ -5,7 +5,7 @@ import json
 import cv2
 import numpy as np
 import pytest
-from test_predict import hand_frame, save_network
+from hands import hand_frame
 
 from datasets import HAND17Dataset, NYUDataset
 from frames.transforms import Camera, uvd2xyz
@@ -16,11 +16,6 @@ from utils import UserError
 
 CAMERA = Camera(500, 500, 320, 240)
 TIPS = [chain[-1] for chain in finger_chains(HAND17Dataset)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_network(tmp_path_factory.mktemp("model") / "small.pt", dataset="HAND17")
 
 
 def pose_at(uvd, center_uvd=(320, 240, 500)):

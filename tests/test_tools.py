@@ -6,17 +6,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_predict import save_network
 
 from engine.checkpoints import load_network
 from model import PixelwiseRegression
 from tools import export, show
 from utils import UserError
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_network(tmp_path_factory.mktemp("model") / "small.pt", dataset="HAND17")
 
 
 @pytest.fixture(scope="module")
