@@ -3,9 +3,10 @@
     python -m tools.train_handfinder
     python -m tools.train_handfinder --init Model/handfinder.pt --frames 3000 --epochs 1 --seed 1
 
-Model/handfinder.pt was made by six runs: the first of these; on later rendered hands the second, twice; then,
-each with --init Model/handfinder.pt, --frames 4000 --epochs 2 --seed 2, --frames 6000 --epochs 3 --seed 3 and
-the same with --seed 4. Only that one had hands made larger or smaller (SIZE_FACTORS).
+Model/handfinder.pt was made by eight runs: the first of these; on later rendered hands the second, twice;
+then, each with --init Model/handfinder.pt, --frames 4000 --epochs 2 --seed 2, --frames 6000 --epochs 3 with
+--seed 3 and 4, and on the hands of today --frames 8000 --epochs 6 with --seed 5 and 6. From --seed 4 on hands
+were made larger or smaller (SIZE_FACTORS).
 
 Frames of every sensor are rendered with an arm and mostly with a body, half of them with tables, bars, boxes
 and specks; some are cut to a box around the hand, in some a body without a hand comes as near as hands do. Of
