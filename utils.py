@@ -158,6 +158,21 @@ def usable_cores():
     return os.cpu_count() or 1
 
 
+def take_lock(lock, file, refusal):
+    """Take fcntl's `lock` (flock or lockf) of an open file, where its file system has locks.
+
+    The system releases it however the program ends. Raises UserError(refusal) where another has it.
+    """
+    import fcntl  # not where `run` ends every script
+
+    try:
+        getattr(fcntl, lock)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(refusal) from None
+    except OSError:
+        pass
+
+
 def require_file(path, advice):
     """Raise UserError, which ends in `advice`, where there is no file at `path`."""
     if not path.is_file():

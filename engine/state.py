@@ -22,7 +22,7 @@ from engine import distributed
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.loops import Progress
 from engine.recipe import averaged
-from utils import Stopped, UserError, atomic_path, one_line
+from utils import Stopped, UserError, atomic_path, one_line, take_lock
 
 # For so long a run that has ended tries to write what a full disk refused.
 RETRY_S = 600
@@ -205,28 +205,20 @@ class Saver:
 def locked(run):
     """Let no other run of this name begin meanwhile. Raises UserError, in all processes, where one has."""
     with ExitStack() as files:
-        distributed.from_main(lambda: files.enter_context(_lock_file(run)) and None)
+        distributed.from_main(lambda: _lock_file(run, files))
         yield
 
 
-def _lock_file(run):
-    """Return the open lock file of a run; the system releases the lock however the run ends."""
-    import fcntl  # not where `utils.run` ends every script
-
+def _lock_file(run, files):
+    """Lock a run's lock file, open until the ExitStack `files` ends."""
     path = Path("Model", f"{run}.lock")
     try:
         path.parent.mkdir(exist_ok=True)
-        file = path.open("a")
+        file = files.enter_context(path.open("a"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise UserError(f"{run} is being trained already: wait, or give another --suffix") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+    # Unlike flock's, this lock is not handed on to loading processes, which may end after the run.
+    take_lock("lockf", file, f"{run} is being trained already: wait, or give another --suffix")
 
 
 def load_state(args):

@@ -14,7 +14,7 @@ import numpy as np
 
 from frames.drawing import draw_skeleton, write_picture
 from frames.transforms import Rect, uvd2xyz, window_around
-from utils import UserError, atomic_path
+from utils import UserError, atomic_path, take_lock
 
 FORMAT, VERSION = "hand pose", 2
 
@@ -85,17 +85,11 @@ class PredictionWriter:
         return self
 
     def _lock(self, stack):
-        """Keep other runs out of the folder until the stack ends; the system does where the run is killed."""
-        import fcntl  # not where `utils.run` ends every script
-
+        """Keep other runs out of the folder until the stack ends."""
         folder = os.open(self.out, os.O_RDONLY)
         stack.callback(os.close, folder)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run writes to {self.out}: wait, or give another --out") from None
-        except OSError:
-            pass  # a file system without locks
+        # Folders cannot be opened to be written, which lockf needs.
+        take_lock("flock", folder, f"another run writes to {self.out}: wait, or give another --out")
 
     def _own_files(self):
         """Return the names of all files that the run may write."""
@@ -307,8 +301,8 @@ class Gif:
     """A small film, shaped as its first picture; it keeps at most GIF_FRAMES evenly spaced ones in memory."""
 
     def __init__(self, path, total):
-        self.path, self.step, self.pictures, self.count = path, -(-total // GIF_FRAMES), [], 0
-        self.size = None
+        self.path, self.step, self.count = path, -(-total // GIF_FRAMES), 0
+        self.pictures, self.size = [], None
 
     def add(self, picture):
         """Append an RGB picture if it is one of those shown."""

@@ -114,9 +114,11 @@ def shared():
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
+    """Return the checkpoint of a small random network for HANDS17's joints."""
     return save_network(tmp_path_factory.mktemp("model") / "small.pt", dataset="HAND17")
 
 
 @pytest.fixture(scope="session")
 def estimator(model):
+    """Return the HandPoseEstimator of that network and hands.CAMERA."""
     return HandPoseEstimator(model, CAMERA, device="cpu")

@@ -240,6 +240,7 @@ def test_a_tiff_whose_second_page_is_damaged_is_refused_like_any_bad_frame(tmp_p
 def test_a_folders_frames_come_in_the_order_of_their_numbers_and_others_are_named(tmp_path, capfd):
     names = [
         "f10.png",
+        "f1.png",
         "f9.png",
         "cm1²3.png",
         "f١.png",
@@ -252,8 +253,16 @@ def test_a_folders_frames_come_in_the_order_of_their_numbers_and_others_are_name
     for name in names:
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "folder.png").mkdir()
-    assert [path.name for path in list_frames(tmp_path)] == ["cm1²3.png", "f9.png", "f10.png", "f١.png"]
+    assert [path.name for path in list_frames(tmp_path)] == [
+        "cm1²3.png",
+        "f1.png",
+        "f9.png",
+        "f10.png",
+        "f١.png",
+    ]
     assert "passed over: 2 .raw, 1 .txt" in capfd.readouterr().err
+    with pytest.raises(UserError, match="cannot be read"):
+        list_frames(tmp_path / "notes.txt")
 
 
 def test_every_kind_of_file_is_read_to_millimetres(tmp_path, indexed):
@@ -293,14 +302,6 @@ def test_presets_look_through_the_middle_of_their_pictures():
 def test_cameras_come_from_presets_and_numbers():
     assert parse_camera("kinectv2") is PRESETS["KinectV2"]
     assert parse_camera(CAMERA_TEXT) == DepthCamera(CAMERA)
-
-
-def test_frames_come_in_the_order_of_their_numbers(tmp_path):
-    for name in ("f10.png", "f9.png", "f1.png", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in list_frames(tmp_path)] == ["f1.png", "f9.png", "f10.png"]
-    with pytest.raises(UserError, match="cannot be read"):
-        list_frames(tmp_path / "notes.txt")
 
 
 def test_checked_depth_is_not_copied_where_it_is_millimetres():

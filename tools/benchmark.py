@@ -29,10 +29,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from check_dataset import build_cache, build_index, check_frame, open_parts
 from datasets import DATASETS
 from engine.batches import EpochSampler, batches_of, make_loader
-from engine.checkpoints import load_network, resolve_device
+from engine.checkpoints import DEVICES, load_network, resolve_device
 from engine.inference import COMPILE_FRAMES, moved_mm, prepare
 from engine.loops import train_step
-from engine.options import DEVICES, parse_train
+from engine.options import parse_train
 from engine.state import build_optimizer
 from engine.training import build_network
 from frames.files import read_bytes

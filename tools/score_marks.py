@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.checkpoints import torch_errors_explained
-from engine.options import DEVICES, TURNS_OF_MODEL
+from engine.checkpoints import DEVICES, torch_errors_explained
+from engine.options import TURNS_OF_MODEL
 from frames.cameras import DepthCamera, parse_camera, read_depth
 from frames.transforms import Camera, uvd2xyz
 from predict import HandPoseEstimator
 from prediction.output import finger_chains
-from utils import HelpFormatter, UserError, one_line, run
+from utils import HelpFormatter, UserError, one_line, run, say
 
 # In the order of `finger_chains`, whose last joints are the fingertips.
 FINGERS = ("thumb", "index", "middle", "ring", "pinky")
@@ -168,20 +168,18 @@ def score_set(estimator, folder, marked, at_marks=False):
     """Print a line for each frame of a set and one for all; return the Scores."""
     columns, scores = marked_joints(estimator.dataset), []
     names = ("centre", *columns)
-    print(f"{'frame':<16}" + "".join(f"{name:>9}" for name in names))
+    say(f"{'frame':<16}" + "".join(f"{name:>9}" for name in names))
     for name, marks in marked.frames.items():
         try:
             path = folder / (name if name.endswith(".png") else f"{name}.png")
             scores.append(score_frame(estimator, path, marks, marked, at_marks))
         except UserError as error:
-            print(f"{name:<16} {error}")
+            say(f"{name:<16} {error}")
             continue
         off_mm = scores[-1].plane if marked.on_crops else scores[-1].space
         cells = [scores[-1].center, *(off_mm[joint] for joint in columns.values())]
-        print(f"{name:<16}" + "".join(f"{'-':>9}" if np.isnan(mm) else f"{mm:9.1f}" for mm in cells))
-    print(
-        f"found {len(scores)} of {len(marked.frames)}" + (summary(scores, marked, columns) if scores else "")
-    )
+        say(f"{name:<16}" + "".join(f"{'-':>9}" if np.isnan(mm) else f"{mm:9.1f}" for mm in cells))
+    say(f"found {len(scores)} of {len(marked.frames)}" + (summary(scores, marked, columns) if scores else ""))
     return scores
 
 
@@ -221,7 +219,7 @@ def main(argv=None):
         estimator = HandPoseEstimator(args.model, marked.depth_camera.camera, **how)
         if marked.on_crops and marked.joint_order != estimator.dataset.name:
             raise UserError(f"{path} has marks of {marked.joint_order}, {estimator.model} other joints")
-        print(f"{path}, {estimator.model}: distances in mm, {marked.hand} hand")
+        say(f"{path}, {estimator.model}: distances in mm, {marked.hand} hand")
         found.append(score_set(estimator, path.parent, marked, args.at_marks))
     return 0 if all(found) else 1
 
